@@ -101,17 +101,18 @@ class Posts:
     """Operations on their way to the store.
 
     The first of a turn of the loop is posted at once: a result does not wait while user code blocks
-    the loop. The others of that turn are posted in the next, in one piece: that takes the lock of
-    the writer's queue once and wakes its thread once.
+    the loop. While others are under way, those that follow in that turn are posted in the next, in
+    one piece: that takes the lock of the writer's queue once and wakes its thread once.
     """
 
-    __slots__ = ("_collects", "_context", "_loop", "_ops", "_replies", "_store")
+    __slots__ = ("_collects", "_context", "_loop", "_ops", "_replies", "_store", "_under_way")
 
     def __init__(self, store: Store, loop: asyncio.AbstractEventLoop) -> None:
         self._store = store
         self._loop = loop
         self._context = Context()  # not that of the body or flow that posts first
         self._collects = False
+        self._under_way = 0  # pieces that the store has not answered
         self._ops: list[RunOp] = []
         self._replies: list[Callable[[Any], None]] = []
 
@@ -121,8 +122,13 @@ class Posts:
             self._ops.append(op)
             self._replies.append(reply)
             return
-        self._collects = True
-        self._loop.call_soon(self.flush, context=self._context)
+        if self._under_way:
+            self._collects = True
+            self._loop.call_soon(self.flush, context=self._context)
+        self._post(op, partial(self._answer, reply))
+
+    def _post(self, op: RunOp | OpList, reply: Callable[[Any], None]) -> None:
+        self._under_way += 1
         self._store.post(op, reply, self._loop)
 
     @property
@@ -139,12 +145,17 @@ class Posts:
         self._ops = []
         self._replies = []
         if len(ops) == 1:
-            self._store.post(ops[0], replies[0], self._loop)
+            self._post(ops[0], partial(self._answer, replies[0]))
         else:
-            self._store.post(OpList(ops), partial(self._answer, replies), self._loop)
+            self._post(OpList(ops), partial(self._answer_all, replies))
 
-    def _answer(self, replies: list[Callable[[Any], None]], answer: Any) -> None:
+    def _answer(self, reply: Callable[[Any], None], answer: Any) -> None:
+        self._under_way -= 1
+        reply(answer)
+
+    def _answer_all(self, replies: list[Callable[[Any], None]], answer: Any) -> None:
         """Gives each its answer, or all of them the failure of the store."""
+        self._under_way -= 1
         answers = cast(list[Any], answer) if isinstance(answer, list) else [answer] * len(replies)
         pairs = zip(replies, answers, strict=True)
         run_callbacks([(self._loop, reply, (each,)) for reply, each in pairs])
