@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import pytest
 
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import UsageError
+from eventflow.events.event import EventOutcome
 from eventflow.store.sqlite import SqliteStore
 from eventflow.testing.trigger_contract import ContractLedger
 from tests.conftest import eventually
+from tests.garbage import leaving_no_error_cycles
 from tests.triggers.inbox import Inbox, run, touch, watched
 from tests.triggers.test_files_post_actions import files, leaves
 from triggers._files.names import NameFilter
@@ -218,6 +222,50 @@ def test_a_target_that_cannot_be_written_delays_only_its_files(tmp_path: Path):
         assert files(inbox.root / "failed") == ["a"] and len(inbox.logged("file.move_failed")) == 1
 
     run(test, tmp_path / "in", pattern="/*", **BOTH)
+
+
+class AskedLedger(ContractLedger):
+    """Notes when it is asked for outcomes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[float] = []
+
+    async def outcomes(self, source: str, ids: Sequence[str]) -> Mapping[str, EventOutcome]:
+        self.asked.append(time.monotonic())
+        return await super().outcomes(source, ids)
+
+
+def test_a_file_that_cannot_be_moved_is_tried_with_backoff(tmp_path: Path):
+    """The pauses between two tries get longer, the log has a line for each new reason and one for
+    the move at last, and the errors are freed at once.
+    """
+
+    async def main() -> None:
+        ledger = AskedLedger()
+        async with watched(tmp_path, ledger, **BOTH, pattern="/*") as inbox:
+            (tmp_path / "done").write_text("in the way")
+            inbox.write("a")
+            await inbox.has("a")
+            with leaving_no_error_cycles():
+                end(inbox, "a", "completed")
+                await eventually(lambda: inbox.logged("file.move_failed"), "it is told")
+                ledger.asked.clear()
+                await eventually(lambda: len(ledger.asked) == 3, "it is tried again")
+            first, second, third = ledger.asked
+            assert third - second > 1.5 * (second - first)
+            assert len(inbox.logged("file.move_failed")) == 1
+            (tmp_path / "done").unlink()
+            ident = inbox.events[0].id
+            taken = [tmp_path / "done" / name for name in ("a", f"a.{ident[:8]}", f"a.{ident}")]
+            for path in taken:
+                path.mkdir(parents=True)
+            await eventually(lambda: len(inbox.logged("file.move_failed")) == 2, "why else")
+            taken[0].rmdir()
+            await leaves(inbox, "a")
+            assert [each["log_level"] for each in inbox.logged("file.moved")] == ["info"]
+
+    asyncio.run(main())
 
 
 def test_a_file_that_is_put_back_waits_for_a_retry(tmp_path: Path):

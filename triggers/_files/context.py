@@ -8,7 +8,7 @@ worker thread, one call at a time.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -108,9 +108,15 @@ class DirectoryContext:
         """The result of `call(*args)` from the worker thread. A cancel does not wait for the
         thread.
         """
-        return await anyio.to_thread.run_sync(
-            call, *args, limiter=self.limiter, abandon_on_cancel=True
+        value, error = await anyio.to_thread.run_sync(
+            _value_or_error, call, args, limiter=self.limiter, abandon_on_cancel=True
         )
+        if error is None:
+            return cast(T, value)
+        try:
+            raise error
+        finally:  # it refers to this frame
+            del error
 
     def observe(
         self, observations: Sequence[tuple[bytes, FileStat | None]], started_at: float
@@ -122,3 +128,13 @@ class DirectoryContext:
         now_us = self.clock.now()
         for path, stat in observations:
             self.settling.observe(path, stat, before=started_at, after=ended_at, now_us=now_us)
+
+
+def _value_or_error(
+    call: Callable[..., T], args: tuple[Any, ...]
+) -> tuple[T | None, BaseException | None]:
+    """An error as a value: one that passes through anyio stays in a frame that it refers to."""
+    try:
+        return call(*args), None
+    except BaseException as error:  # raised again by the caller
+        return None, error

@@ -10,9 +10,11 @@ calls `run_due`; `FileRecorder` adds the files that it records.
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import cast
 
 from eventflow.core.errors import SourceError, UsageError
+from eventflow.core.retry import Backoff
 from eventflow.events.event import Intake, Json, KnowsOutcomes
 from eventflow.logs.progress import Progress
 from triggers._files.context import DirectoryContext, OutcomeTargets
@@ -29,7 +31,7 @@ from triggers._files.tree import Tree
 LOG_EVENTS = {
     "file.moved": (
         "A file whose runs have ended was moved to the folder `to`, below its relative path; "
-        "debug if they completed."
+        "debug if they completed, unless it could not be moved before."
     ),
     "file.outcome_unknown": (
         "The ledger no longer has the runs of a file; the file stays where it is."
@@ -38,6 +40,9 @@ LOG_EVENTS = {
 
 CHECK_INTERVAL_SECONDS = 0.5
 """Between two questions about the files that await an outcome."""
+
+MAX_RETRY_SECONDS = 60.0
+"""Between two tries to move a file; the first pause is CHECK_INTERVAL_SECONDS."""
 
 FILES_PER_CHECK = 500
 
@@ -60,6 +65,24 @@ class AwaitedFile:
 
     def to_cursor(self) -> Json:
         return [*self.stat, self.sample, AWAITED, self.event_id, self.known_outcome]
+
+
+class FailedMove:
+    """A file that could not be moved, or deleted. `retry_at`: monotonic."""
+
+    __slots__ = ("_backoff", "reason", "retry_at")
+
+    def __init__(self) -> None:
+        self._backoff = Backoff(CHECK_INTERVAL_SECONDS, max_delay=MAX_RETRY_SECONDS, jitter=0)
+        self.retry_at: float = 0.0
+        self.reason: str = ""
+
+    def note(self, reason: str, now: float) -> bool:
+        """Whether the reason is another one than before."""
+        self.retry_at = now + next(self._backoff)
+        is_new = reason != self.reason
+        self.reason = reason
+        return is_new
 
 
 class OutcomeActions:
@@ -85,7 +108,7 @@ class OutcomeActions:
         self._targets: OutcomeTargets = targets
         self._stop: threading.Event = stop
         self._awaited: dict[bytes, AwaitedFile] = {}
-        self._warned: set[bytes] = set()
+        self._failed: dict[bytes, FailedMove] = {}
         self._next_at: float = context.clock.monotonic()
 
     def load(self, cursor: Mapping[str, Json]) -> None:
@@ -101,6 +124,7 @@ class OutcomeActions:
     def replace(self, path: bytes, file: AwaitedFile | None) -> None:
         """Another version of this path was recorded, or none is awaited any more."""
         self._awaited.pop(path, None)
+        self._failed.pop(path, None)
         if file is not None:
             self._awaited[path] = file
 
@@ -124,14 +148,25 @@ class OutcomeActions:
     @property
     def next_at(self) -> float | None:
         """When `run_due` has something to do; None: nothing is awaited."""
-        return self._next_at if self._awaited else None
+        if not self._awaited:
+            return None
+        if len(self._failed) < len(self._awaited):
+            return self._next_at
+        return max(self._next_at, min(each.retry_at for each in self._failed.values()))
 
     async def run_due(self) -> None:
         """Asks for the outcomes of some awaited files, and moves those whose runs have ended."""
         context = self._context
-        if not self._awaited or context.clock.monotonic() < self._next_at:
+        now = context.clock.monotonic()
+        if not self._awaited or now < self._next_at:
             return
-        asked = dict(list(self._awaited.items())[:FILES_PER_CHECK])
+        failed = self._failed
+        due = (
+            item
+            for item in self._awaited.items()
+            if item[0] not in failed or failed[item[0]].retry_at <= now
+        )
+        asked = dict(islice(due, FILES_PER_CHECK))
         found = await self._ledger.outcomes(
             self._source, [file.event_id for file in asked.values()]
         )
@@ -174,18 +209,17 @@ class OutcomeActions:
                 _place_and_remove, context.tree, path, file, target, self._stop, progress
             )
         except (OSError, SourceError) as error:  # tried again: the target may become writable
-            if path not in self._warned:
-                self._warned.add(path)
+            failure = self._failed.setdefault(path, FailedMove())
+            if failure.note(str(error), context.clock.monotonic()):
                 full = printable(context.tree.full(path))
-                context.log.warning("file.move_failed", path=full, reason=str(error))
+                context.log.warning("file.move_failed", path=full, reason=failure.reason)
             return False
         finally:
             progress.move_to(done + 1)
-        self._warned.discard(path)
         if is_removed:
             if target is not None:  # where a person finds the file of a failed run
                 moved = {"path": printable(context.tree.full(path)), "to": printable(target)}
-                if outcome == "failed":
+                if outcome == "failed" or path in self._failed:
                     context.log.info("file.moved", **moved, outcome=outcome)
                 else:
                     context.log.debug("file.moved", **moved, outcome=outcome)
