@@ -114,7 +114,7 @@ class Execution(FlowCalls):
         self.attempts = Attempts(
             services, run, self.run_id, self.log_context, self.writer, self.run_end, self.carry_out
         )
-        self.suspension = Suspension(services, flow.options, self.pending, began_at, self._rest)
+        self.suspension = Suspension(services, flow.options, self.pending, self._rest)
         self._on_settled = on_settled
         self.has_place = True
         """Whether it counts for its flow's `concurrency`."""
@@ -137,7 +137,9 @@ class Execution(FlowCalls):
         journal = self.pending.journal
         path = f"~{journal.generation}/" if journal.generation else ""
         self.root = self.loop.create_root_task(coro, context, path)
-        for signal in self.run_end.initial_signals(self.run, self.suspension.began_at):
+        if self.flow.options.timeout is not None:
+            self.suspension.begin_count()
+        for signal in self.run_end.initial_signals(self.run, self.pending.now):
             self._request(signal)
         if self.run.cancel_requested:
             self.cancel(self.run.cancel_reason or "cancel requested")
@@ -292,8 +294,8 @@ class Execution(FlowCalls):
                 fire = partial(self._on_timer, target)
                 now = services.clock.now()
                 if not isinstance(target, TaskCall):
-                    # In the time of the ledger, which goes on when the wall clock is set back.
-                    now = max(now, self.pending.now, self.run.started_at or 0)
+                    # In the flow's time, which does not go back with the wall clock.
+                    now = max(now, self.pending.now)
                 delay = max(0, due - now)
                 target.handle = timer_after(services.clock, services.loop, delay, fire)
             case CancelTimer(handle):

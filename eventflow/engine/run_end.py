@@ -88,7 +88,7 @@ class RunEnd(msgspec.Struct, eq=False):
 
     # ----------------------------------------------------------------- cancel and timeout
 
-    def initial_signals(self, run: Run, began_at: int) -> list[ControlSignal]:
+    def initial_signals(self, run: Run, flow_time: int) -> list[ControlSignal]:
         """What the run waits for from its start: a cancel that is recorded, and its timeout."""
         signals: list[ControlSignal] = []
         journal = self._journal
@@ -97,9 +97,11 @@ class RunEnd(msgspec.Struct, eq=False):
             self.requested_cancel = orjson.loads(cancel.value or b'""')
             signals.append(ControlSignal(CANCEL_KEY))
         if options.timeout is not None:
-            started = run.started_at or began_at
+            now = max(self._services.clock.now(), flow_time)
+            # After the wall clock was set back the ledger's time is ahead of it.
+            started = min(run.started_at or now, now)
             if options.timeout_counts == "running":
-                started = began_at - journal.running_time
+                started = now - journal.running_time
             signals.append(ControlSignal(TIMEOUT_KEY, started + microseconds(options.timeout)))
         return signals
 

@@ -28,16 +28,15 @@ MAX_SCANNED = 16
 
 
 class Suspension(msgspec.Struct, eq=False):
-    """`began_at`: when this execution began; `on_recheck(True)` is called when `decide` is
-    due again, with `scan_all`."""
+    """`on_recheck(True)` is called when `decide` is due again, with `scan_all`."""
 
     _services: WorkerServices
     _flow: FlowOptions
     _pending: PendingCalls
-    began_at: int
     _on_recheck: Callable[[bool], None]
     is_idle: bool = False
     idle_since: int = 0
+    _counted_since: float = 0.0
     _time_is_recorded: bool = False
     _recheck_timer: Timer | None = None
 
@@ -61,7 +60,7 @@ class Suspension(msgspec.Struct, eq=False):
         journal = self._pending.journal
         if not waiting or (journal.unclaimed and waiting.keys() <= {TIMEOUT_KEY}):
             return EndRun(NeedsAttention(_stuck_reason(journal)))
-        # In the time of the ledger, which goes on when the wall clock is set back.
+        # In the flow's time, which does not go back with the wall clock.
         now = max(self._services.clock.now(), self._pending.now)
         if len(waiting) > MAX_SCANNED and not scan_all:
             self._recheck_at(now + SECOND)
@@ -105,6 +104,11 @@ class Suspension(msgspec.Struct, eq=False):
     def _counts_running_time(self) -> bool:
         return self._flow.timeout_counts == "running" and self._flow.timeout is not None
 
+    def begin_count(self) -> None:
+        """Counts the time in memory from now on, for a timeout that counts only that."""
+        if self._counts_running_time:
+            self._counted_since = self._services.clock.monotonic()
+
     def record_time(self) -> AppendEntry | None:
         """The time this run has spent in memory, once per execution; None unless its timeout counts
         only that.
@@ -114,13 +118,13 @@ class Suspension(msgspec.Struct, eq=False):
         self._time_is_recorded = True
         journal = self._pending.journal
         last = journal.running_time_note
-        ran = journal.running_time + self._services.clock.now() - self.began_at
+        ran = int((self._services.clock.monotonic() - self._counted_since) * SECOND)
         return AppendEntry(
             Entry(
                 call_key=RUNNING_TIME_NOTE,
                 kind=Kind.NOTE,
                 attempt=1 if last is None else last.attempt + 1,
-                due_at=ran,
+                due_at=journal.running_time + ran,
             )
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import wall_clock
 from tests.conftest import wait_until
 from tests.crash.victim import Server
 
@@ -184,27 +185,19 @@ def test_t9_after_a_suspend_it_fires_by_its_policy(ticks: Ticks):
     assert datetime.fromisoformat(first["data"]["scheduled_at"]) > resumed - timedelta(seconds=2)
 
 
-def faketime() -> Path | None:
-    """Debian's libfaketime."""
-    return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
-
-
-@pytest.mark.skipif(
-    faketime() is None, reason="libfaketime is not here: apt-get install libfaketime"
-)
+@wall_clock.needs_faketime
 def test_t2_t8_a_night_under_another_clock(ticks: Ticks):
     """T2, T8 in real processes whose clock is another: the night with two 02:00s fires both, what
     passed between two boots once as a catch-up, and a boot with the clock set back by an hour fires
     nothing again.
     """
-    fake = {"LD_PRELOAD": f"{faketime()}", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "TZ": "UTC"}
 
     def ids(server: Server) -> list[str]:
         return [event["event_id"] for event in events(server, "night")]
 
-    server = ticks.boot("night", FAKETIME="@2026-10-24 23:59:57", **fake)
+    server = ticks.boot("night", **wall_clock.at("@2026-10-24 23:59:57"))
     wait_until(lambda: ids(server) == ["night@2026-10-25T00:00:00Z"], "the first 02:00 has fired")
-    server = ticks.boot("night", FAKETIME="@2026-10-25 00:59:57", **fake)
+    server = ticks.boot("night", **wall_clock.at("@2026-10-25 00:59:57"))
     both = [f"night@2026-10-25T{utc}Z" for utc in ("00:00:00", "00:30:00", "01:00:00")]
     wait_until(lambda: ids(server) == both, "02:30, late, and the second 02:00 have fired")
     fired = [extensions(server, event) for event in events(server, "night")]
@@ -214,6 +207,6 @@ def test_t2_t8_a_night_under_another_clock(ticks: Ticks):
         "02:00:00+01:00",
     ]
     assert [each.get("catchup", False) for each in fired] == [False, True, False]
-    server = ticks.boot("night", FAKETIME="@2026-10-24 23:59:57", **fake)
+    server = ticks.boot("night", **wall_clock.at("@2026-10-24 23:59:57"))
     wait_until(lambda: len(events(server, "probe3")) >= 6, "the clock has passed 00:00 again")
     assert ids(server) == both and server.get("/api/counts")["duplicates"] == 0
