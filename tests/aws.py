@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,14 @@ class Bucket:
 
     def read(self, key: str) -> bytes:
         return self.aws.s3.get_object(Bucket=self.name, Key=key)["Body"].read()
+
+    def is_past(self, key: str) -> bool:
+        """Whether the server's clock is in a later second than the version of a key: on some
+        servers a listing stamps whole seconds, and the next version would look the same.
+        """
+        found = self.aws.s3.head_object(Bucket=self.name, Key=key)
+        now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return now > found["LastModified"]
 
     def remove(self) -> None:
         s3, place = self.aws.s3, {"Bucket": self.name}

@@ -2,8 +2,9 @@
 settings, and the one way to wait.
 
 `wait_until` and `eventually` are the only permitted waits: they poll a predicate until a deadline
-and then say what they were waiting for. `stays` is for what must not happen. Stores, brokers and
-servers are real; the fixtures that start them live beside the tests that use them.
+and then say what they were waiting for (`comes_true` goes on). `stays` is for what must not happen.
+Stores, brokers and servers are real; the fixtures that start them live beside the tests that use
+them.
 """
 
 import asyncio
@@ -60,15 +61,26 @@ async def eventually(
     """`wait_until` on a running loop; the predicate may be a coroutine function. `poll=0` looks at
     each turn of the loop.
     """
+    if not await comes_true(predicate, within=within, poll=poll):
+        pytest.fail(f"waited {within:g} s in vain until {description}")
+
+
+async def comes_true(
+    predicate: Callable[[], object | Awaitable[object]],
+    *,
+    within: float,
+    poll: float = POLL_SECONDS,
+) -> bool:
+    """`eventually` for those who go on either way: whether it was true within so many seconds."""
     deadline = time.monotonic() + within
     while True:
         answer = predicate()
         if inspect.isawaitable(answer):
             answer = await answer
         if answer:
-            return
+            return True
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {within:g} s in vain until {description}")
+            return False
         await asyncio.sleep(poll)
 
 

@@ -49,6 +49,8 @@ class Rule:
     delay: float
     after: float = 0.0
     hits: int = 0
+    answered: int = 0
+    """Answers of the server that wait in the proxy, or are through."""
 
 
 @dataclass
@@ -111,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
                 kind = "application/json" if rule.answer[1].startswith("{") else "application/xml"
                 self._reply(rule.answer[0], {"content-type": kind}, rule.answer[1].encode())
                 return
-        self._forward(body, rule.after if rule is not None else 0.0)
+        self._forward(body, rule)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _do
 
@@ -134,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _forward(self, body: bytes, late: float) -> None:
+    def _forward(self, body: bytes, rule: Rule | None) -> None:
         target = urlsplit(self.proxy.target)
         upstream = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
         kept = {
@@ -153,7 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if k.lower() not in ("transfer-encoding", "connection", "content-length")
             }
             content = answer.read()
-            time.sleep(late)
+            if rule is not None:
+                rule.answered += 1
+                time.sleep(rule.after)
             self._reply(answer.status, headers, content, answer.getheader("content-length"))
         finally:
             upstream.close()

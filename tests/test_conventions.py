@@ -97,17 +97,6 @@ EXCEPTIONS: dict[str, dict[str, int]] = {
         "eventflow/__init__.py": 1,  # checks are loaded when they are used
         "eventflow/app.py": 2,  # what is loaded when an App opens
     },
-    "literal_sleeps": {
-        "tests/crash/kafka_churn.py": 1,
-        "tests/crash/kafka_loop.py": 2,
-        "tests/crash/kafka_victim.py": 2,
-        "tests/triggers/kafka_proxy.py": 1,
-        "tests/triggers/test_kafka_app.py": 2,
-        "tests/triggers/test_kafka_groups.py": 5,
-        "tests/triggers/test_s3_app.py": 1,
-        "tests/triggers/test_s3_listing.py": 6,
-        "tests/triggers/test_s3_queue.py": 2,
-    },
 }
 """By rule, what the tree does not keep yet, and how much of it. A number may only get smaller, and
 an exception that is no longer needed is deleted.

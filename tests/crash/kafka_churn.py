@@ -14,14 +14,13 @@ import asyncio
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from eventflow import App
 from eventflow.events.event import Intake
 from tests.brokers import Broker, tansu
-from tests.conftest import eventually
+from tests.conftest import comes_true, eventually
 from tests.crash.kafka_loop import PARTITIONS, Producer, look
 from tests.crash.kafka_victim import GROUP, handle
 from tests.crash.verdict import verdict
@@ -95,12 +94,12 @@ async def churn(
         pair.calm.set()
         source.over.set()
         await producer
-        began = time.monotonic()
-        while time.monotonic() - began < 60:
+
+        async def is_at_rest() -> bool:
             counts = await app.store.counts()
-            if counts["events"] >= sum(source.sent) and not counts["pending"]:
-                break
-            await asyncio.sleep(0.1)
+            return counts["events"] >= sum(source.sent) and not counts["pending"]
+
+        await comes_true(is_at_rest, within=60, poll=0.1)
     wrong, duplicates = await asyncio.to_thread(look, folder, source.sent)
     summary = (
         f"{pair.stays} stays, {sum(source.sent)} records, each recorded once and run once; "

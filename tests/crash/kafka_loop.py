@@ -22,7 +22,6 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from pathlib import Path
 from eventflow.core.clock import SystemClock
 from eventflow.store.sqlite import SqliteStore
 from tests.brokers import Broker, noida, tansu
+from tests.conftest import comes_true
 from tests.crash.kafka_victim import GROUP, SEAMS
 from tests.crash.verdict import verdict
 from tests.crash.victim import ROOT
@@ -191,11 +191,9 @@ class Loop:
     async def _cycle(self) -> None:
         """One life, and a look at what the group and the ledger say after it."""
         seam = self.draw.choice([*SEAMS, "never"])
-        began = time.monotonic()
         life = self.draw.uniform(0.3, 2.5) if seam == "never" else LIFE
         victim = self.spawn(seam, 1 if seam == "assigned" else self.draw.randint(1, 12))
-        while victim.poll() is None and time.monotonic() - began < life:
-            await asyncio.sleep(0.01)
+        await comes_true(lambda: victim.poll() is not None, within=life)
         self.ends[seam if victim.poll() is not None else "at random"] += 1
         if victim.poll() not in (None, -9):
             self.wrong.append(
@@ -241,9 +239,7 @@ class Loop:
     async def _rest(self) -> None:
         """The last life ends by itself, when everything is recorded and every run is done."""
         victim = self.spawn("rest", sum(self.sent))
-        began = time.monotonic()
-        while victim.poll() is None and time.monotonic() - began < REST:
-            await asyncio.sleep(0.1)
+        await comes_true(lambda: victim.poll() is not None, within=REST)
         if victim.poll() != 0:
             self.wrong.append(
                 f"it did not come to rest: {(self.folder / 'victim.log').read_text()[-2000:]}"

@@ -11,6 +11,7 @@ that cannot be read), without the codec of snappy; or `none`.
 """
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import aiokafka.codec
 
 from eventflow import App, flow, task
+from tests.conftest import comes_true
 from triggers._kafka import committing, fetching, session
 from triggers.kafka import Kafka
 
@@ -109,12 +111,12 @@ async def main(
     app = App("kill", store=f"sqlite:///{folder}/store.db")
     app.on(Kafka(topic, bootstrap_servers=server, group_id=GROUP, name="kafka", **options), handle)
     async with app:
-        while True:
-            await asyncio.sleep(0.1)
+
+        async def is_at_rest() -> bool:
             counts = await app.store.counts()
-            if seam == "rest" and counts["events"] >= count and not counts["pending"]:
-                await asyncio.sleep(0.5)  # for a last commit
-                return
+            return seam == "rest" and counts["events"] >= count and not counts["pending"]
+
+        await comes_true(is_at_rest, within=math.inf, poll=0.1)  # the end commits to the group
 
 
 if __name__ == "__main__":

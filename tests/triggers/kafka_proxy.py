@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 from tests.brokers import Broker, free_port, tansu
+from tests.conftest import POLL_SECONDS
 
 
 class Proxy:
@@ -52,7 +53,7 @@ class Proxy:
             while data := await source.read(1 << 20):
                 while self.responses_left == 0:
                     self.withheld = True
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(POLL_SECONDS)
                 self.responses_left = (
                     None if self.responses_left is None else self.responses_left - 1
                 )

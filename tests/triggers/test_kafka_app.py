@@ -15,7 +15,7 @@ import pytest
 from eventflow import App, Event, flow
 from eventflow.web.api import make_asgi
 from tests.brokers import Broker, free_port, given_or_noida
-from tests.conftest import eventually
+from tests.conftest import eventually, stays
 from tests.triggers.kafka_topic import QUICK
 from triggers.kafka import Kafka
 
@@ -63,8 +63,7 @@ class Shop:
 
 async def passed(gate: threading.Event) -> None:
     """Flows may run on another loop, so a gate is a thread event."""
-    while not gate.is_set():
-        await asyncio.sleep(0.01)
+    await eventually(gate.is_set, "the gate is open")
 
 
 Work = Callable[[Shop], Awaitable[None]]
@@ -263,6 +262,9 @@ def test_c10_a_flood_fills_the_ledger_and_no_further(broker: Broker, tmp_path: P
     run(broker, tmp_path, prepare, work, max_pending=500)
 
 
+POLL_INTERVAL_MS = 2_000
+
+
 def test_long_flows_cause_no_rebalance(broker: Broker, tmp_path: Path):
     """Flows that run longer than the poll interval do not cost the member its group."""
     gate: list[threading.Event] = []
@@ -279,7 +281,7 @@ def test_long_flows_cause_no_rebalance(broker: Broker, tmp_path: Path):
             bootstrap_servers=broker.server,
             group_id=f"g-{shop.topic}",
             name="kafka",
-            max_poll_interval_ms=2_000,
+            max_poll_interval_ms=POLL_INTERVAL_MS,
             **QUICK,
         )
         shop.app.on(shop.trigger, handle)
@@ -289,8 +291,11 @@ def test_long_flows_cause_no_rebalance(broker: Broker, tmp_path: Path):
         await shop.counts(pending=3)
         session = shop.trigger._sessions[0]
         epoch = session.partitions.epoch
-        await asyncio.sleep(6)
-        assert session.partitions.epoch == epoch and shop.trigger._sessions == [session]
+        await stays(
+            lambda: session.partitions.epoch == epoch and shop.trigger._sessions == [session],
+            "it keeps its partitions",
+            during=3 * POLL_INTERVAL_MS / 1000,
+        )
         gate[0].set()
         await shop.counts(completed=3, pending=0)
 

@@ -3,6 +3,7 @@ twice, nothing lost.
 """
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from aiokafka.errors import RebalanceInProgressError
 
 from eventflow.core.errors import StoreFull
 from tests.brokers import Broker, OwnBroker, noida, tansu
-from tests.conftest import eventually
+from tests.conftest import eventually, stays
 from tests.triggers.kafka_topic import Topic, make_topic, offsets_of
 from triggers._kafka import session
 
@@ -47,6 +48,14 @@ async def main(server, group, topic):
 asyncio.run(main(*sys.argv[1:]))
 """
 
+
+BLOCKED_SECONDS = 3
+"""Less than the session of `QUICK`."""
+
+OUTAGE_SECONDS = 4.0
+
+FROZEN_SECONDS = 8.0
+"""More than the session of `QUICK`."""
 
 MEMBERS = {"session_timeout_ms": 2_000, "heartbeat_interval_ms": 200, "rebalance_timeout_ms": 2_000}
 """Tansu lets members join together for half of the rebalance timeout; a dead one is evicted after
@@ -87,6 +96,16 @@ def once_each(topic: Topic, count: int) -> None:
 
 
 # ------------------------------------------------------------------ members
+
+
+def waits_for_a_join(topic: Topic) -> bool:
+    """Whether the broker has the member's request to join and has not answered it."""
+    client: Any = topic.trigger._sessions[0].consumer
+    return any(
+        type(request).__name__.startswith("JoinGroup")
+        for connection in client._client._conns.values()
+        for _, request, _ in connection._requests
+    )
 
 
 def test_two_members_share_the_partitions(other: Broker):
@@ -266,7 +285,7 @@ def test_ending_in_the_middle_of_a_join(other: Broker):
         before = asyncio.all_tasks()
         async with topic.read(joined=False):
             await eventually(lambda: topic.trigger.condition == "joining the group", "it joins")
-            await asyncio.sleep(0.5)
+            await eventually(lambda: waits_for_a_join(topic), "the broker has its request")
             began = time.monotonic()
         assert time.monotonic() - began < 10
         assert asyncio.all_tasks() == before
@@ -279,7 +298,7 @@ def test_k25_a_loop_that_is_blocked_for_a_while(broker: Broker):
 
     async def work(topic: Topic) -> None:
         async with topic.read():
-            time.sleep(3)
+            time.sleep(BLOCKED_SECONDS)
             await topic.send(0)
             await topic.has(1)
             await topic.committed(1)
@@ -377,6 +396,22 @@ def test_k27_a_broker_that_is_away_at_the_start(tmp_path: Path):
         asyncio.run(work(broker))
 
 
+def on_disk(folder: Path, topic: str) -> int:
+    """The records of a topic's first partition in the file that a noida writes."""
+    try:
+        topics = json.loads((folder / "kafka.json").read_text())["topics"]
+    except (OSError, ValueError):  # it is being written
+        return 0
+    (partition,) = (found["partitions"][0][1] for name, found in topics if name == topic)
+    return partition["high_watermark"]
+
+
+def is_connected(topic: Topic) -> bool:
+    """Whether the member has a connection to a broker."""
+    client: Any = topic.trigger._sessions[0].consumer
+    return any(connection.connected() for connection in client._client._conns.values())
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
 def test_k28_a_broker_that_restarts(tmp_path: Path, how: int):
     """K28: a broker outage of some seconds loses nothing: reading resumes within 30 s of its
@@ -386,13 +421,19 @@ def test_k28_a_broker_that_restarts(tmp_path: Path, how: int):
     async def work(broker: OwnBroker) -> None:
         topic = await make_topic(broker)
         await topic.send(*range(3))
-        async with topic.read():
+        async with topic.read() as reading:
             await topic.has(3)
-            await asyncio.sleep(
-                1
-            )  # noida writes to disk once in a while, and loses what it has not written
+            await eventually(
+                lambda: on_disk(tmp_path / "data", topic.name) == 3,
+                "noida has written the records, which it does once in a while",
+            )
             await asyncio.to_thread(broker.stop, how)
-            await asyncio.sleep(4)
+            await stays(
+                lambda: not reading.done() and topic.data == [0, 1, 2],
+                "it waits for its broker",
+                during=OUTAGE_SECONDS,
+            )
+            assert not is_connected(topic)
             await asyncio.to_thread(broker.start)
             back = time.monotonic()
             await topic.send("after")
@@ -413,10 +454,14 @@ def test_a_broker_that_hangs(tmp_path: Path):
         topic = await make_topic(broker, request_timeout_ms=2_000)
         assert broker.process is not None
         await topic.send(*range(3))
-        async with topic.read():
+        async with topic.read() as reading:
             await topic.has(3)
             os.kill(broker.process.pid, signal.SIGSTOP)
-            await asyncio.sleep(8)
+            await stays(
+                lambda: not reading.done() and len(topic.events) == 3,
+                "it waits for its broker",
+                during=FROZEN_SECONDS,
+            )
             os.kill(broker.process.pid, signal.SIGCONT)
             await topic.send(3)
             await eventually(lambda: 3 in topic.data, "it reads on", within=60)
