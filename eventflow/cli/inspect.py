@@ -38,7 +38,7 @@ COLUMNS = {
     "runs": "id flow state started took about detail",
     "events": "id received trigger type subject event_id runs duplicates",
     "flows": "name subscriptions",
-    "triggers": "name kind state events duplicates last_event gauges detail",
+    "triggers": "name kind state since_start duplicates last_event gauges detail",
     "sinks": "name sink kind state waiting oldest sent rejected failures last_error",
     "dead-letters": "id ledger_id at subscription type reason",
 }
@@ -181,6 +181,7 @@ def _trigger_row(trigger: dict[str, Any]) -> dict[str, Any]:
     return {
         **trigger,
         "state": "paused" if trigger["paused"] else trigger["state"],
+        "since_start": trigger["events"],
         "duplicates": trigger["duplicates"] or None,
         "last_event": age_text(trigger["last_event_at"]),
         "gauges": gauges or None,
@@ -269,7 +270,7 @@ def show_command(ident: str | None, as_json: bool, location: LedgerLocation) -> 
     """Show a run or an event; without an ID, the last run.
 
     Of a run: its state, parameters, calls with times and errors, and result. The beginning or end
-    of the ID is enough where only one matches.
+    of the ID is enough where only one matches. Of an event: as `explain`.
     """
     kind, found = asyncio.run(_find_run_or_event(location, ident))
     width = terminal_width()
@@ -317,7 +318,8 @@ def explain(event: str, as_json: bool, location: LedgerLocation) -> None:
     """Show the verdict on an event for every subscription.
 
     A verdict is: run started, filtered (with the condition), invalid (with the reason), paused and
-    so on. EVENT is the id in the ledger or the sender's.
+    so on. EVENT is the id in the ledger or the sender's, or what the event is about (its subject),
+    such as the name of a file or a key of Kafka.
     """
     found = asyncio.run(_get(location, f"/api/events/{quoted(event)}"))
     write_result(found, as_json, event_text(found, terminal_width()))

@@ -34,6 +34,9 @@ COUNTS = (
 MAX_SCANNED_EVENTS = 50_000
 """Of the index, that one query for past events reads."""
 
+MAX_NAMED_EVENTS = 20_000
+"""Of the newest events, that are searched for a subject: it has no index."""
+
 BRIEF_BYTES = 200
 """Of a run's parameters, in a list."""
 
@@ -287,9 +290,21 @@ def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
         GROUP BY "trigger", source ORDER BY first DESC LIMIT 2
     """
     found = [number for (number,) in connection.execute(query, (ident, ident))]
+    if not found:
+        found = _find_by_subject(connection, ident)
     if found:
         return _single(found, ident, "event")
     return _find_by_part(connection, "events", ident, "event")
+
+
+def _find_by_subject(connection: sqlite3.Connection, name: str) -> list[int]:
+    """The newest events about this, such as a key of Kafka or the path of a file, or its name."""
+    query = f"""
+        SELECT id FROM (SELECT id, subject FROM events ORDER BY id DESC LIMIT {MAX_NAMED_EVENTS})
+        WHERE subject = ?1 OR substr(subject, -length(?1) - 1) = '/' || ?1
+        ORDER BY id DESC LIMIT 4
+    """
+    return [number for (number,) in connection.execute(query, (name,))]
 
 
 # --------------------------------------------------------------------------- runs
@@ -410,7 +425,7 @@ def _no_run(connection: sqlite3.Connection, ident: str) -> NotFound:
     started = [format_id(row["id"]) for row in runs(connection, event=event, limit=3)]
     what = f"its runs: {', '.join(started)}" if started else "it started no run of its own"
     return NotFound(
-        "run", ident, f"it is the id of an event; {what}; `eventflow explain {ident}` shows all"
+        "run", ident, f"it names an event; {what}; `eventflow explain {ident}` shows all"
     )
 
 
@@ -520,5 +535,7 @@ def _find_by_part(connection: sqlite3.Connection, table: str, part: str, noun: s
 def _single(found: Sequence[int], ident: str, noun: str) -> int:
     if len(found) > 1:
         ids = ", ".join(map(format_id, found))
-        raise UsageError(f"several {noun}s match {ident!r}: {ids}, …; give more letters")
+        raise UsageError(
+            f"several {noun}s match {ident!r}: {ids}, …; give one of these ids, or more letters"
+        )
     return found[0]

@@ -69,7 +69,8 @@ def test_ls(shop: EventflowProcess):
         == "completed"
     )
     assert "webhook-orders/handle" in eventflow(shop.folder, "ls", "flows").stdout
-    assert "listening" in eventflow(shop.folder, "ls", "triggers").stdout
+    triggers = eventflow(shop.folder, "ls", "triggers").stdout
+    assert "listening" in triggers and "SINCE START" in triggers
     assert "unexpected end" in eventflow(shop.folder, "ls", "dead-letters").stdout
     assert "\x1b[" not in "\n".join(text)
 

@@ -208,7 +208,7 @@ def test_an_event_in_the_place_of_a_run(tmp_path: Path):
     for command in ("retry", "logs", "cancel"):
         done = eventflow(tmp_path, command, "o-1")
         assert done.returncode == 5, (command, done.stderr)
-        assert f"it is the id of an event; its runs: {run['id']}" in done.stderr
+        assert f"it names an event; its runs: {run['id']}" in done.stderr
     assert "it started no run" in eventflow(tmp_path, "logs", "o-2").stderr
 
 

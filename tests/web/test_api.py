@@ -236,6 +236,30 @@ def test_event_ids_with_slashes(tmp_path: Path):
     over(tmp_path, work)
 
 
+def test_an_event_is_found_by_what_it_is_about(tmp_path: Path):
+    """The subject of an event, such as the path of its file, or the last part of it, names the
+    event; of several, the newest are listed. An id has precedence.
+    """
+
+    async def work(client: Client) -> None:
+        for ident, subject in (("e-1", "in/a.csv"), ("e-2", "in/b.csv"), ("e-3", "other/b.csv")):
+            body = event(ident, subject=subject)
+            assert (await client.post("/api/events", json=body, headers=STRUCTURED)).is_success
+        for name in ("in%2Fa.csv", "a.csv"):
+            assert (await client.get(f"/api/events/{name}")).json()["event_id"] == "e-1"
+        assert (await client.get("/api/events/in%2Fb.csv")).json()["event_id"] == "e-2"
+        answer = await client.get("/api/events/b.csv")
+        ids = [(await client.get(f"/api/events/e-{n}")).json()["id"] for n in (3, 2)]
+        assert answer.status_code == 409 and ", ".join(ids) in answer.json()["detail"]
+        assert (await client.get("/api/events/csv")).status_code == 404
+        await client.post("/api/events", json=event("b.csv"), headers=STRUCTURED)
+        assert (await client.get("/api/events/b.csv")).json()["event_id"] == "b.csv"
+        missing = (await client.get("/api/runs/a.csv")).json()["detail"]
+        assert "it names an event" in missing
+
+    over(tmp_path, work)
+
+
 def test_lists_and_their_pages(tmp_path: Path):
     """Lists are newest first; `next` pages through each row once; filters narrow them; invalid
     values are 400.
