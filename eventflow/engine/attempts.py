@@ -42,7 +42,7 @@ from eventflow.loop.flow_loop import leave_flow
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import MAX_CRASHES, Interrupted, Run
 from eventflow.sdk.checkpoint import enter_checkpoints
-from eventflow.sdk.task import TaskCall, TaskContext, enter_task, task_context
+from eventflow.sdk.task import TaskCall, TaskContext, enter_task
 from eventflow.serialization.blobs import OFFLOAD_BYTES, offload
 from eventflow.serialization.errors import MAX_DETAIL
 from eventflow.store.protocol import Appended, Arrival
@@ -150,6 +150,7 @@ class Attempts(msgspec.Struct, eq=False):
         """Runs one body and reports its result. Whatever the body raises ends here."""
         me: AttemptTask = call.handle
         services = self._services
+        context = call.body
         value: Any = None
         try:
             value = await self._body(call)
@@ -158,11 +159,11 @@ class Attempts(msgspec.Struct, eq=False):
             if len(data) > OFFLOAD_BYTES:
                 bound = log.bind(run=self.run_id, task=call.task.name)
                 codec, data = await offload(services.blobs, codec, data, bound)
-            context = task_context()
-            emitted = context.success_events if context is not None else None
             arrivals: Sequence[Arrival] = ()
-            if emitted:
-                arrivals = [services.derived.event(self.run, *fields) for fields in emitted]
+            if context is not None and context.success_events:
+                arrivals = [
+                    services.derived.event(self.run, *fields) for fields in context.success_events
+                ]
         except (
             BaseException
         ) as error:  # around an attempt: recorded, and retried if its Retry allows
@@ -188,8 +189,8 @@ class Attempts(msgspec.Struct, eq=False):
             if call.handle is me and self._run_end.is_open:
                 self._guarded(self._on_success, call, value, codec, data, arrivals, ended_at)
         finally:
-            if (context := log_context.get()) is not None and context.partial_lines:
-                context.close()
+            if (lines := log_context.get()) is not None and lines.partial_lines:
+                lines.close()
 
     def _guarded(self, step: Callable[..., None], *args: Any) -> None:
         try:
@@ -203,10 +204,9 @@ class Attempts(msgspec.Struct, eq=False):
         """The body within its limits: _body → _limited (the task's concurrency) → _gated (crash
         suspects) → _timed (the timeout) → the function, on the loop or in a thread.
         """
-        limit = self._services.limits.for_task(call.task)
-        if limit is None and not self.run.crash_suspect:
+        if call.task.options.concurrency is None and not self.run.crash_suspect:
             return self._timed(call)
-        return self._limited(call, limit)
+        return self._limited(call, self._services.limits.for_task(call.task))
 
     async def _limited(self, call: TaskCall, limit: asyncio.Semaphore | None) -> Any:
         """The body within its task's concurrency limit."""

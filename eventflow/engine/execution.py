@@ -249,9 +249,13 @@ class Execution(FlowCalls):
                 for action in pending.start_new(self.services.clock.now):
                     self.carry_out(action)
         elif not writer.is_committing:
-            emissions: list[AppendEntry] = []
-            if pending.unstarted and not self.services.draining:
-                emissions = [self.emission(call) for call in pending.start_emissions()]
+            emissions: Sequence[AppendEntry] = ()
+            if (
+                pending.unstarted
+                and not self.services.draining
+                and (calls := pending.start_emissions())
+            ):
+                emissions = [self.emission(call) for call in calls]
             writer.commit_uncommitted(emissions)
 
     def _rest(self, recheck: bool = False) -> None:

@@ -111,7 +111,7 @@ class LogContext(msgspec.Struct):
             task,
             attempt,
             self.logs,
-            run_ids=self.ids(),
+            run_ids=self.cached_ids or self.ids(),
         )
 
     def close(self) -> None:

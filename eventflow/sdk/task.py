@@ -273,7 +273,9 @@ class Task(Generic[P, R]):
             self._fingerprint(args, kwargs, loop.large_arguments),
             call_site(),
         )
-        return cast("Coroutine[Any, Any, R]", cast(CallPerformer, loop.host).perform(call))
+        host: Any = loop.host
+        performed: Coroutine[Any, Any, R] = host.perform(call)
+        return performed
 
     @overload
     def map(

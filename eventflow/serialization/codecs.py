@@ -403,7 +403,7 @@ def fingerprint(
     can be compared. Equal arguments have equal fingerprints in every process: sets are sorted.
     """
     bound = bind_names(names, args, kwargs, defaults)
-    if large is not None and large.has_any(bound.values()):
+    if large and large.has_any(bound.values()):
         return _fingerprint_fields(bound, large)
     try:
         data = orjson.dumps(bound, _json_hook, orjson.OPT_SORT_KEYS)
