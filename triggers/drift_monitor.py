@@ -160,6 +160,7 @@ class DriftMonitor:
         self._source: Trigger = source
         self._rows: RowsOf = rows or data_rows
         self._remembered_ids: int = remember
+        self.repeats_may_differ: bool = getattr(source, "repeats_may_differ", False)
         self._record: bool = record
         self._uncertain_commit = UncertainCommit()
         self._counting: CountingIntake | None = None  # of the last `listen`
@@ -183,6 +184,7 @@ class DriftMonitor:
             self._record,
             self.clock,
             self._uncertain_commit,
+            self.repeats_may_differ,
         )
         await counting.open()
         self._counting = counting

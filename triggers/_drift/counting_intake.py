@@ -13,8 +13,12 @@ all earlier ones. `drift_monitor.py` makes one each time it listens.
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from hashlib import blake2b
 from typing import Any
+
+import orjson
+from msgspec.structs import replace
 
 from eventflow.core.backpressure import wait_while_full
 from eventflow.core.clock import Clock
@@ -34,49 +38,88 @@ IDS_PER_PART = 256
 
 
 class RecentIds:
-    """The last ids, as 64-bit digests, in parts of BLOCK."""
+    """The last ids, as 64-bit digests, with 32 bits of their contents, in parts of IDS_PER_PART:
+    `drift:k/N`. `drift:i/N` has the ids alone, as an earlier version wrote them.
+    """
 
     def __init__(self, limit: int, parts: Mapping[str, Any]) -> None:
         self._limit: int = limit
-        numbers = sorted(int(key[8:]) for key in parts if key.startswith("drift:i/"))
-        self._blocks: dict[int, list[str]] = {
-            number: _split_ids(parts[f"drift:i/{number}"]) for number in numbers
-        }
-        self._known: set[str] = {each for block in self._blocks.values() for each in block}
+        self._blocks: dict[int, list[str]] = {}
+        self._contents: dict[str, str] = {}
+        numbers = {int(key[8:]) for key in parts if key.startswith(("drift:k/", "drift:i/"))}
+        for number in sorted(numbers):
+            entries = _split(parts.get(f"drift:k/{number}") or "", 24)
+            entries = entries or _split(parts[f"drift:i/{number}"], 16)
+            self._blocks[number] = [each[:16] for each in entries]
+            self._contents |= {each[:16]: each[16:] or UNKNOWN_CONTENT for each in entries}
+        self._outdated = {number for number in numbers if f"drift:i/{number}" in parts}
         self._touched: set[int] = set()
         self._removed: list[int] = []
 
-    def add(self, event: Event) -> bool:
-        """Adds the id of an event; whether it is new."""
+    def add(self, event: Event) -> "Novelty":
+        """Adds the id of an event, if it is new."""
         ident = blake2b(f"{event.source}\0{event.id}".encode(), digest_size=8).hexdigest()
-        if ident in self._known:
-            return False
-        self._known.add(ident)
+        content = _content_digest(event)
+        known = self._contents.get(ident)
+        if known is not None:
+            is_other = known != content and UNKNOWN_CONTENT not in (known, content)
+            return Novelty.OTHER_CONTENT if is_other else Novelty.KNOWN
+        self._contents[ident] = content
         last = next(reversed(self._blocks), 0)
         if len(self._blocks.setdefault(last, [])) == IDS_PER_PART:
             last += 1
             self._blocks[last] = []
         self._blocks[last].append(ident)
         self._touched.add(last)
-        if len(self._known) > self._limit + IDS_PER_PART:
+        if len(self._contents) > self._limit + IDS_PER_PART:
             first = next(iter(self._blocks))
-            self._known -= set(self._blocks.pop(first))
+            for each in self._blocks.pop(first):
+                del self._contents[each]
             self._removed.append(first)
-        return True
+        return Novelty.NEW
 
     def changes(self) -> dict[str, Json]:
+        touched = self._touched & self._blocks.keys()
         found: dict[str, Json] = {
-            f"drift:i/{number}": "".join(self._blocks[number])
-            for number in self._touched & self._blocks.keys()
+            f"drift:k/{number}": "".join(each + self._contents[each] for each in block)
+            for number, block in self._blocks.items()
+            if number in touched
         }
-        found |= {f"drift:i/{number}": None for number in self._removed}
+        found |= {f"drift:k/{number}": None for number in self._removed}
+        outdated = self._outdated & {*touched, *self._removed}
+        found |= {f"drift:i/{number}": None for number in outdated}
+        self._outdated -= outdated
         self._touched = set()
         self._removed = []
         return found
 
 
-def _split_ids(text: str) -> list[str]:
-    return [text[start : start + 16] for start in range(0, len(text), 16)]
+class Novelty(Enum):
+    """What is known of an event: nothing, its id and content, or its id with other content."""
+
+    NEW = 1
+    KNOWN = 2
+    OTHER_CONTENT = 3
+
+
+UNKNOWN_CONTENT = "--------"
+
+
+def _content_digest(event: Event) -> str:
+    """Of type and data, whatever the order of keys."""
+    data = event.data
+    try:
+        body = data if isinstance(data, bytes) else orjson.dumps(data, option=_SORTED)
+    except TypeError:  # it has no JSON, and is not recorded
+        return UNKNOWN_CONTENT
+    return blake2b(event.type.encode() + b"\0" + body, digest_size=4).hexdigest()
+
+
+_SORTED = orjson.OPT_SORT_KEYS
+
+
+def _split(text: str, size: int) -> list[str]:
+    return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 class _PendingCall:
@@ -92,6 +135,7 @@ class _PendingCall:
         self.samples: Mapping[int, Sample] = samples  # by position in `items`
         self.cursor: Mapping[str, Json] = cursor
         self.receipts: list[Receipt] | None = None
+        self.conflicts: set[int] = set()  # positions of known ids with other content
 
 
 class UncertainCommit:
@@ -105,6 +149,7 @@ class CountingIntake:
     """The monitor's side of its source, for one `listen`.
 
     `remembered_ids`: how many event ids are known. `record`: events are also recorded.
+    `repeats_may_differ`: of the source; else a known id with other content is a dead letter.
     """
 
     def __init__(
@@ -116,6 +161,7 @@ class CountingIntake:
         record: bool,
         clock: Clock,
         uncertain_commit: UncertainCommit,
+        repeats_may_differ: bool = False,
     ) -> None:
         self.log: Any = intake.log
         self.engine: Engine | None = None  # the last one loaded, for health and gauges
@@ -127,6 +173,7 @@ class CountingIntake:
         self._clock: Clock = clock
         self._since: int = clock.now()
         self._uncertain_commit: UncertainCommit = uncertain_commit
+        self._repeats_may_differ: bool = repeats_may_differ
         self._closed: bool = False
         self._lock = asyncio.Lock()  # held by the one call that changes engine and ids
         self._queue: list[_PendingCall] = []
@@ -248,6 +295,9 @@ class CountingIntake:
         rest = iter(written[len(events) :])
         for call, receipts in zip(calls, receipts_of, strict=True):
             call.receipts = [next(rest) if receipt is None else receipt for receipt in receipts]
+            for position in call.conflicts:
+                receipt = call.receipts[position]
+                call.receipts[position] = replace(receipt, duplicate=False, conflict=True)
             self._queue.remove(call)
 
     def _sort_items(
@@ -261,13 +311,19 @@ class CountingIntake:
         recorded item, whose receipt comes from the ledger.
         """
         receipts: list[Receipt | None] = []
+        call.conflicts.clear()  # of an earlier try
         for position, item in enumerate(call.items):
-            is_new = isinstance(item, Undecodable) or recent.add(item)
+            novelty = Novelty.NEW if isinstance(item, Undecodable) else recent.add(item)
+            is_new = novelty is Novelty.NEW
             if is_new and isinstance(item, Event) and "eventflowreplay" not in item.extensions:
                 counted.append(call.samples[position])
             if self._record or isinstance(item, Undecodable):
-                recorded.append(item)
+                recorded.append(item)  # the ledger finds a conflict by itself
                 receipts.append(None)
+            elif novelty is Novelty.OTHER_CONTENT and not self._repeats_may_differ:
+                recorded.append(_conflicting(item))
+                receipts.append(None)
+                call.conflicts.add(position)
             else:
                 receipts.append(Receipt(0, item.id, duplicate=not is_new))
         return receipts
@@ -308,3 +364,14 @@ class CountingIntake:
 
     def _event(self, drift_event: DriftEvent) -> Event:
         return to_event(drift_event.drift, self._config.name, ident=drift_event.ident)
+
+
+def _conflicting(event: Event) -> Undecodable:
+    """What is kept of an event whose id was counted with other content."""
+    return Undecodable(
+        id=event.id,
+        source=event.source,
+        body=event.to_json(),
+        error="its id is known with other content: that came first and was counted",
+        type=event.type,
+    )
