@@ -323,3 +323,17 @@ def test_a_stored_line_is_formatted_like_a_live_one():
     }
     text = format_line(line, LineStyle())
     assert "a\\x1b[31m" in text and "n=1" in text and "\x1b" not in text
+
+
+def test_the_attempt_of_a_flow_is_shown():
+    """The line of a flow's failed execution says which attempt it was, as that of a task does."""
+    line = {
+        "timestamp": "2026-11-30T12:00:00Z",
+        "level": "warning",
+        "event": "run.attempt_failed",
+        "flow": "order",
+        "attempt": 2,
+        "attempts": 3,
+    }
+    assert format_line(line, LineStyle()).endswith("order  attempt=2  attempts=3")
+    assert format_line({**line, "task": "charge"}, LineStyle()).endswith("charge#2  attempts=3")
