@@ -68,7 +68,8 @@ of the commit, for the response.
 log = get_logger("eventflow.server")
 LOG_EVENTS = {
     "server.failed": (
-        "A loop or thread of the server has ended or does not respond (`reason`): the process ends."
+        "A loop, thread or task of the server has ended or does not respond (`reason`): the process"
+        " ends."
     ),
     "server.stopping": "The server starts to stop; `reason` names the signal.",
     "store.failed": "Storage failed: nothing more is acknowledged, and the process ends.",
@@ -330,10 +331,16 @@ class ServerProcess:
             self._listen()
             self._ensure_token()
             await self._serve_http()
+        except asyncio.CancelledError:
+            self.fail("user code has cancelled the tasks of the server's loop")
+            raise
+        except Exception as error:  # reported here if the end is forced
+            code = error.exit_code if isinstance(error, EventflowError) else 1
+            self._schedule_forced_exit(code, f"eventflow: {error}\n")
+            raise
         finally:
             self.stopping = True
             memory.cancel()
-            self._schedule_forced_exit()
             await self.app.close(self.settings.grace)
             watchdog.stop()
             await asyncio.gather(memory, return_exceptions=True)
@@ -370,7 +377,10 @@ class ServerProcess:
         stopped = asyncio.create_task(self._stop.wait(), name="signal")
         await asyncio.wait([stopped, self._serving], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        log.info("server.stopping", reason=self._stop_reason or "the HTTP server ended")
+        if self._stop.is_set():
+            log.info("server.stopping", reason=self._stop_reason)
+        else:
+            self.fail("the HTTP server has ended")
 
     async def _stop_http(self) -> None:
         self._server.should_exit = True
@@ -489,10 +499,12 @@ class ServerProcess:
         if config.ssl is not None and self.settings.tls_cert:
             config.ssl.load_cert_chain(self.settings.tls_cert, self.settings.tls_key)
 
-    def _schedule_forced_exit(self) -> None:
+    def _schedule_forced_exit(self, code: int = 0, reason: str = "") -> None:
+        """The first call counts. `reason` is written to stderr if the exit is forced."""
         name = "eventflow-forced-exit"
         if not any(thread.name == name for thread in threading.enumerate()):
-            self._exit_after(self.settings.grace + FORCED_EXIT_MARGIN_SECONDS, 0, name)
+            seconds = self.settings.grace + FORCED_EXIT_MARGIN_SECONDS
+            self._exit_after(seconds, code, name, reason)
 
     def _fail_stop(self, error: StoreError) -> None:
         """The store failed: nothing is acknowledged any more. Called on the writer thread."""
@@ -502,7 +514,7 @@ class ServerProcess:
         self._exit_after(FAIL_STOP_DELAY_SECONDS, error.exit_code, "eventflow-fail-stop")
 
     def fail(self, reason: str) -> None:
-        """Ends the process, because a loop or thread has ended or does not respond. From any
+        """Ends the process, because a part of it has ended or does not respond. From any
         thread.
         """
         if self.stopping:
@@ -511,7 +523,7 @@ class ServerProcess:
         log.error("server.failed", reason=reason, exit_code=INTERNAL_EXIT_CODE)
         self._exit_after(FAIL_STOP_DELAY_SECONDS, INTERNAL_EXIT_CODE, "eventflow-fault")
 
-    def _exit_after(self, seconds: float, code: int, name: str) -> None:
+    def _exit_after(self, seconds: float, code: int, name: str, reason: str = "") -> None:
         """Ends the process from a new thread, whatever the loops and other threads do."""
 
         def exit_process() -> None:
@@ -519,6 +531,7 @@ class ServerProcess:
             flush = threading.Thread(target=self._output.flush, daemon=True)
             flush.start()
             flush.join(0.3)
+            os.write(2, reason.encode())
             self._address.remove()
             if code == 0:
                 self.reexec_if_requested()

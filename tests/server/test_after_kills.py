@@ -24,6 +24,8 @@ from triggers import Webhook
 HERE = Path(__file__).parent
 HOW = os.environ.get("HOW", "")
 
+CANCELS = {"cancels all tasks": (), "cancels the HTTP server": ("http",)}
+
 def note(text):
     with (HERE / "diary.txt").open("a") as diary:
         diary.write(text + "\\n")
@@ -117,6 +119,12 @@ class Exits:
             raise_it(HOW)
         if HOW == "a listener":
             await endless_too()
+        if HOW in CANCELS:
+            while not any(each.get_name() == "http" for each in asyncio.all_tasks()):
+                await asyncio.sleep(0.01)
+            for each in asyncio.all_tasks():
+                if each.get_name() in CANCELS[HOW] or not CANCELS[HOW]:
+                    each.cancel()
         await asyncio.sleep(3600)
 
 # ---------------------------------------------------------------- code that never ends
@@ -172,7 +180,7 @@ async def lifespan():
     yield
     if HOW == "a lifespan":
         await endless_too()
-    if HOW == "a blocking lifespan":
+    if HOW == "a blocking lifespan" or HOW in CANCELS:
         endless()
 
 # ---------------------------------------------------------------- forks
@@ -328,6 +336,39 @@ def test_row_34_the_process_is_gone_by_grace_and_5_s(tmp_path: Path, how: str) -
     _is_free(port)
     with serve(tmp_path, "--grace", "0.5", seed=2) as served:
         assert served.client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("how", ["cancels all tasks", "cancels the HTTP server"])
+def test_row_34_a_server_whose_tasks_are_cancelled_ends(tmp_path: Path, how: str) -> None:
+    """User code cancels tasks of the server's loop, and the lifespan never ends: the process ends
+    at once with exit code 70 and the reason, so that a supervisor starts it again.
+    """
+    (tmp_path / "kills.py").write_text(APP)
+    server = EventflowProcess(tmp_path, "kills.py", env={"HOW": how})
+    try:
+        assert server.wait() == 70, server.log_tail
+        assert '"server.failed"' in server.log
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("how", ["", "a lifespan", "a blocking lifespan"])
+def test_row_34_a_start_that_fails_is_gone_by_grace_and_5_s(tmp_path: Path, how: str) -> None:
+    """A server that cannot start after it has opened its app, here since its token cannot be read:
+    it ends by grace + 5 s with an error, whatever its lifespan does.
+    """
+    (tmp_path / "kills.py").write_text(APP)
+    (tmp_path / ".eventflow" / "kills.db.token").mkdir(parents=True)
+    server = EventflowProcess(tmp_path, "kills.py", "--grace", "0.5", env={"HOW": how})
+    try:
+        wait_until(lambda: "trigger.started" in server.log, "the app is open")
+        began = time.monotonic()
+        assert not server.wait_ready()
+        assert server.wait() not in (0, -signal.SIGKILL), server.log_tail
+        assert time.monotonic() - began < 5.5
+        assert "kills.db.token" in server.log
+    finally:
+        server.kill()
 
 
 @pytest.mark.parametrize("thread", [False, True], ids=["loop", "thread"])
