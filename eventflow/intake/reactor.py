@@ -22,7 +22,14 @@ import msgspec
 
 from eventflow.core.backpressure import wait_while_full
 from eventflow.core.clock import Clock
-from eventflow.core.errors import ANY_FAILURE, StoreError, StoreFailed, StoreFull, error_line
+from eventflow.core.errors import (
+    ANY_FAILURE,
+    StoreError,
+    StoreFailed,
+    StoreFull,
+    error_line,
+    value_or_none,
+)
 from eventflow.core.retry import Backoff
 from eventflow.events.event import Event, EventOutcome, Json, Receipt, Trigger, Undecodable
 from eventflow.intake.received_log import log_received
@@ -368,7 +375,10 @@ class Reactor:
             cursor = calls[0].cursor
         else:
             arrivals = [arrival for call in calls for arrival in call.arrivals]
-            cursor = {key: at for call in calls for key, at in (call.cursor or {}).items()}
+            cursor = _merged_cursor(calls)
+            if cursor is None:
+                self._post_each(trigger, calls)
+                return
         route_conflict = None if trigger in self._repeats_may_differ else self.router.route_conflict
         op = RecordEvents(arrivals, trigger, cursor, route_conflict)
         try:
@@ -376,14 +386,18 @@ class Reactor:
         except StoreError as error:  # the store is closed
             self._answer(trigger, calls, error)
 
+    def _post_each(self, trigger: str, calls: Sequence[AcceptedCall]) -> None:
+        """One of them cannot be applied, and must not fail the others."""
+        for call in calls:
+            self._post(trigger, [call])
+
     def _answer(
         self, trigger: str, calls: Sequence[AcceptedCall], result: list[Receipt] | StoreError
     ) -> None:
         """Gives each call its part of the reply."""
         is_error = isinstance(result, StoreError)
         if is_error and len(calls) > 1 and not isinstance(result, StoreFull | StoreFailed):
-            for call in calls:  # one of them cannot be applied, and must not fail the others
-                self._post(trigger, [call])
+            self._post_each(trigger, calls)
             return
         own = self._in_flight[trigger]
         first = 0
@@ -426,3 +440,16 @@ class Reactor:
                 )
         if (full := self.store.capacity()) is not None:
             raise full.again()
+
+
+def _merged_cursor(calls: Sequence[AcceptedCall]) -> dict[str, Json] | None:
+    """The cursor of several calls; None if a value that a later one replaces cannot be stored: the
+    call that it came with must fail.
+    """
+    merged: dict[str, Json] = {}
+    for call in calls:
+        for key, at in (call.cursor or {}).items():
+            if key in merged and value_or_none(msgspec.json.encode, merged[key]) is None:
+                return None
+            merged[key] = at
+    return merged

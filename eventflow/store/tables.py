@@ -183,7 +183,11 @@ class EventRows:
         """Stores the cursor's values by key; None deletes a key."""
         self.has_updates = True
         for key, value in cursor.items():
-            self._cursors[trigger, key] = None if value is None else msgspec.json.encode(value)
+            try:
+                stored = None if value is None else msgspec.json.encode(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise TypeError(f"cursor {key!r}: expected a JSON value; {error}") from error
+            self._cursors[trigger, key] = stored
 
     def flush_updates(self) -> None:
         """Writes duplicates and cursors."""

@@ -15,6 +15,7 @@ import httpx2
 import orjson
 import pytest
 
+from eventflow import App, flow
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import StoreError, StoreFull
 from eventflow.events.event import Event, Receipt
@@ -30,6 +31,7 @@ from eventflow.routing.router import Router
 from eventflow.runs.run import Ids
 from eventflow.store.protocol import Op, RecordEvents
 from eventflow.store.sqlite import SqliteStore
+from eventflow.testing import MemoryTrigger, running
 from tests.conftest import eventually
 from tests.triggers.serving import serving
 from triggers.webhook import Webhook
@@ -461,3 +463,28 @@ def test_p8_an_event_that_waited_is_routed_as_its_trigger_is_then(tmp_path: Path
             assert paused[0] is False and paused[-1] is True
 
     asyncio.run(main())
+
+
+@flow
+async def take(event: Event) -> None: ...
+
+
+@pytest.mark.anyio
+async def test_a_cursor_that_cannot_be_stored_fails_its_own_call():
+    """Of two calls of one turn, the one whose cursor cannot be stored raises and records nothing,
+    also where the later call replaces the value.
+    """
+    orders = MemoryTrigger("orders")
+    app = App("shop")
+    app.on(orders, take)
+    async with running(app):
+        bad: Any = {"position": 1j}
+        found = await asyncio.gather(
+            orders.send(data=1, id="bad", cursor=bad),
+            orders.send(data=2, id="good", cursor={"position": 5}),
+            return_exceptions=True,
+        )
+        assert isinstance(found[0], StoreError) and "position" in str(found[0])
+        assert isinstance(found[1], list)
+        assert [row["event_id"] for row in await app.store.events()] == ["good"]
+        assert await orders.cursor() == {"position": 5}
