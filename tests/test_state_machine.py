@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from eventflow import Undecodable
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Event
-from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.journal import RETRY_NOTE, Entry, Kind
 from eventflow.runs.run import Completed, Failed, State, Suspended
 from eventflow.store.admin import MAX_CRASHES, RETRYABLE
 from eventflow.store.protocol import Append, Fenced, MarkStarted, Settle
@@ -49,7 +49,11 @@ leaf = st.one_of(
 steps = st.recursive(
     leaf,
     lambda inner: st.one_of(
-        st.builds(lambda plan: ["child", plan], st.lists(inner, min_size=1, max_size=2)),
+        st.builds(
+            lambda how, plan: [how, plan],
+            st.sampled_from(["child", "retried"]),
+            st.lists(inner, min_size=1, max_size=2),
+        ),
         st.builds(lambda a, b: ["both", a, b], inner, inner),
     ),
     max_leaves=4,
@@ -81,6 +85,7 @@ class Promises(RuleBasedStateMachine):
         self.ended: dict[int, tuple[Any, ...]] = {}
         self.counts: Counter[str] = Counter()
         self.started = 0
+        self.begun = 0
         self.paused = False
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
@@ -390,6 +395,16 @@ class Promises(RuleBasedStateMachine):
                 f"attempt {attempt} of {key} began early"
             )
         self.started = len(self.world.started)
+        for run, at in self.world.begun[self.begun :]:
+            if run not in self.revived | self.cancelled:
+                assert not [
+                    entry
+                    for entry in ledger.journal
+                    if entry["run"] == run
+                    and entry["call_key"] == RETRY_NOTE
+                    and entry["at"] < at < (entry["due_at"] or 0)
+                ], f"an attempt of run {run} began early"
+        self.begun = len(self.world.begun)
         now = self.world.clock.now()
         for row in ledger.runs.values():
             assert row["state"] not in (State.PENDING, State.WAITING) or row["due_at"] > now, (
@@ -397,11 +412,14 @@ class Promises(RuleBasedStateMachine):
             )
 
     def what_ended_stays_ended(self, ledger: Ledger) -> None:
-        """Terminal states change by retry alone; nothing diverges, nothing is refused; only three
-        crashes quarantine.
+        """Terminal states change by retry alone, by hand or of a flow above; nothing diverges,
+        nothing is refused; only three crashes quarantine.
         """
         for ident, known in self.ended.items():
-            if ident not in self.revived:
+            is_completed = known[0] == State.COMPLETED
+            if ident not in self.revived and (
+                is_completed or not ledger.has_above(ident, "patient")
+            ):
                 assert self._end(ledger, ident) == known
         self.revived.clear()
         self.ended = {

@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 
 import orjson
 
-from eventflow import App, Permanent, current_run, current_task, emit, flow, sleep, task, timeout
+from eventflow import App, current_run, current_task, emit, flow, sleep, task, timeout
 from eventflow.core.clock import SECOND, to_us
-from eventflow.runs.run import State, format_id
+from eventflow.runs.run import State, format_id, parse_id
 from eventflow.sdk.flow import Flow
 from eventflow.testing import MemoryTrigger, VirtualClock
 from eventflow.testing.idle import wait_until_idle
@@ -29,6 +29,9 @@ see `World._flows`.
 """
 
 TIMEOUT_SECONDS = 0.02
+
+FLOW_RETRIES = [1, 61, 0]
+"""Delays of the flow with retries, in seconds."""
 
 
 def expected(plan: StepPlan) -> list[Any]:
@@ -42,7 +45,7 @@ def _expected(step: Step) -> Any:
     match step:
         case ["value", x]:
             return x
-        case ["child", plan]:
+        case ["child" | "retried", plan]:
             return expected(plan)
         case ["both", *steps]:
             return [_expected(each) for each in steps]
@@ -66,7 +69,7 @@ def image(store: Path, after: Path) -> Path:
 
 class World:
     """Lives of one app on one ledger. `bodies` counts body starts by idempotency key, `started`
-    says which attempt when.
+    says which attempt when, `begun` when the flow with retries took its first step, by run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,6 +83,7 @@ class World:
         self.path = folder / "0.db"
         self.bodies: Counter[str] = Counter()
         self.started: list[tuple[str, int, int]] = []
+        self.begun: list[tuple[int, int]] = []
         self.recorded: dict[str, bytes] = {}
         self.wrong: list[str] = []
 
@@ -159,7 +163,7 @@ class World:
         async def boom() -> str:
             await enter()
             if not world.mended:
-                raise Permanent("broken")
+                raise RuntimeError("broken")
             return "boom"
 
         async def nap(seconds: float) -> str:
@@ -202,6 +206,8 @@ class World:
                     return await limited(seconds)
                 case ["child", plan]:
                     return await work(plan=plan)
+                case ["retried", plan]:
+                    return await patient(plan=plan)
                 case ["both", *steps]:
                     return list(await asyncio.gather(*map(take, steps)))
                 case ["emit"]:
@@ -212,6 +218,12 @@ class World:
 
         @flow(name="work")
         async def work(plan: list[Any]) -> list[Any]:
+            return [await take(step) for step in plan]
+
+        @flow(name="patient", retries=FLOW_RETRIES)
+        async def patient(plan: list[Any]) -> list[Any]:
+            if life == world.life:
+                world.begun.append((parse_id(current_run().id) or 0, world.clock.now()))
             return [await take(step) for step in plan]
 
         @flow(name="heard")
@@ -274,3 +286,9 @@ class Ledger:
         """The run and everything below it."""
         below = {child for child, row in self.runs.items() if row["parent"] == run}
         return {run}.union(*map(self.family, below))
+
+    def has_above(self, run: int, flow: str) -> bool:
+        """Whether a run of this flow is above it."""
+        row = self.runs.get(run)
+        parent = None if row is None else self.runs.get(row["parent"])
+        return parent is not None and (parent["flow"] == flow or self.has_above(parent["id"], flow))

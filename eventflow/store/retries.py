@@ -65,7 +65,8 @@ def is_called_again(tx: Transaction, child: RunRow) -> bool:
     if parent is None or child.parent_call_key is None or not parent.state.is_live:
         return False
     if child.state is not State.CANCELLED:
-        return child.state is State.FAILED and parent.awaits_retry
+        has_failed = child.state is State.FAILED and not child.cancel_requested
+        return has_failed and parent.awaits_retry
     cancelled_by = child.cancel_requested - 1  # the token of its parent's claim; 0: a person
     return cancelled_by > 0 and (parent.awaits_retry or parent.token != cancelled_by)
 
