@@ -317,8 +317,7 @@ class Execution(FlowCalls):
             case CancelChild(started):
                 if not self.run_end.will_resume:  # else a later execution makes the call again
                     reason = f"the call in {self.run_id} was cancelled"
-                    may_retry = self.flow.options.retries.attempts > 1
-                    services.cancel_child(started, reason, self.run.token if may_retry else 0)
+                    services.cancel_child(started, reason, self.run.token)
             case EndRun(outcome):
                 self.end_run(outcome)
             case ReportFenced(reply):

@@ -303,7 +303,7 @@ class WorkerServices:
 
     def cancel_child(self, started: Entry, reason: str, caller: int) -> None:
         """Cancels the child run that `started` records. May be called in a flow's step. `caller`:
-        the token of a parent with retries, else 0 (`Store.cancel`).
+        the token of the claim that gave the call up (`Store.cancel`).
         """
         work = self.store.cancel(int(started.value or b"0"), reason, caller)
         self.loop.call_soon(self.spawn, work, context=Context())  # not in the flow's context

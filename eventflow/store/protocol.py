@@ -485,8 +485,8 @@ class Store(Protocol):
         with the cancel in its journal. PAUSED, HELD, not begun, or asked before and not RUNNING →
         CANCELLED now, with an ERROR entry for a parent. Returns the state that the run was in.
 
-        `caller`: the token with which a parent with retries cancels its child. Nothing happens if
-        that claim is over and the parent will make the call again.
+        `caller`: the token of the claim in which a flow gave up its call of this child; 0 for a
+        person. Nothing happens if that execution is over and the next one makes the call again.
         """
         ...
 

@@ -575,6 +575,78 @@ async def test_a_child_that_its_parent_cancelled_is_executed_again(ends: str) ->
         assert await app.store.check() == []
 
 
+@pytest.mark.parametrize("ends", ["at once", "in the wait", "in the next attempt"])
+async def test_a_retry_executes_what_a_child_had_cancelled_again(ends: str) -> None:
+    """A flow with retries calls a flow without, whose TaskGroup cancels a brother of the child that
+    failed: the retry executes that brother again too, whenever its clean-up ends.
+    """
+    seen = Bodies()
+    cleaned = asyncio.Event()
+    if ends == "at once":
+        cleaned.set()
+
+    @task
+    async def work() -> str:
+        await eventually(lambda: "long" in seen.calls, "the brother works")
+        return f"work {seen.fail('work', 1)}"
+
+    @task
+    async def long() -> str:
+        if seen.fail("long", 0) == 1:
+            await asyncio.Event().wait()
+        return "long"
+
+    @task
+    async def clean() -> None:
+        seen.fail("clean", 0)
+        await cleaned.wait()
+
+    @flow
+    async def quick() -> str:
+        return await work()
+
+    @flow(grace=3600)
+    async def brother() -> str:
+        try:
+            return await long()
+        except asyncio.CancelledError:
+            await clean()
+            raise
+
+    @flow
+    async def middle() -> list[str]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(brother()), group.create_task(quick())]
+        return [each.result() for each in tasks]
+
+    @flow(retries=[WAIT])
+    async def top() -> list[str]:
+        return await middle()
+
+    app, clock = App("three generations"), VirtualClock()
+    app.add(top)
+    async with running(app, clock=clock), asyncio.timeout(20):
+        run = await app.start(top)
+        await awaits(app, run.number)
+        parent = await child_of(app, run.number, "middle")
+        number = await child_of(app, parent, "brother")
+        if ends == "in the wait":
+            await eventually(lambda: "clean" in seen.calls, "the brother cleans up")
+            cleaned.set()
+        if ends != "in the next attempt":
+            await awaits(app, number, "retried with its parent")
+        await clock.advance(WAIT)
+        if ends == "in the next attempt":
+            await in_state(app, parent, "running")
+            cleaned.set()
+        assert await run.result() == ["long", "work 2"]
+        assert seen.calls == ["long", "work", "clean", "long", "work"] or seen.calls == [
+            "long", "work", "clean", "work", "long",
+        ]  # fmt: skip
+        assert len(await app.store.runs()) == 4
+        assert await app.store.check() == []
+
+
 async def test_a_child_that_a_person_cancelled_stays_so() -> None:
     """A retry of the parent does not execute it again: the parent fails at once."""
 
