@@ -64,7 +64,7 @@ def _text(shop: EventflowProcess, *words: str) -> str:
     return re.sub(r"\s+", " ", done.stdout)
 
 
-def test_every_view_says_which_attempt_is_next_and_why(shop: EventflowProcess):
+def test_every_view_names_the_next_attempt_and_the_reason(shop: EventflowProcess):
     """API, `ls`, `show` and `explain` name attempt, due time and error, with secrets left out; the
     errors of earlier attempts stay visible after the run has completed.
     """
