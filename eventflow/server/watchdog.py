@@ -5,7 +5,7 @@ run; the log line shows which function belongs into a plain `def` task, which ru
 episode one warning after a second and one error after ten: then `/readyz` answers 503 with the
 reason. If one has ended, or does not respond for `stall_timeout` seconds, the process ends with
 exit code 70, so that a supervisor restarts it. Code that holds the GIL for long (some C extensions)
-stops this thread too.
+stops this thread too. Time in which the whole process was stopped does not count.
 """
 
 import asyncio
@@ -56,10 +56,10 @@ _LIBRARIES = tuple(
 class LoopProbe:
     """A loop, the ident of its thread, and when it last ran a callback."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, thread: int, now: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, thread: int) -> None:
         self.loop = loop
         self.thread = thread
-        self.last_turn_at: float = now
+        self.last_turn_at: float = 0.0
         self.is_pending: bool = False  # a callback of ours waits on the loop
         self.logged_level: int = 0  # of this episode: 1 warning, 2 error
 
@@ -85,10 +85,9 @@ class Watchdog:
         self._stall_timeout = stall_timeout
         self._on_fault = on_fault
         self._blocked_since: float | None = None  # all threads of plain bodies
-        now = clock.monotonic()
-        self._probes = {
-            name: LoopProbe(loop, thread, now) for name, (loop, thread) in loops.items()
-        }
+        self._transaction: float | None = None  # the one under way: when it began, by the clock
+        self._transaction_since: float = 0.0
+        self._probes = {name: LoopProbe(loop, thread) for name, (loop, thread) in loops.items()}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="eventflow-watchdog", daemon=True)
 
@@ -108,17 +107,17 @@ class Watchdog:
             self._on_fault(f"the watchdog has ended: {error!r}")
 
     def _watch(self) -> None:
+        now = 0.0  # seconds in which the process ran, since the start
         last = self._clock.monotonic()
         while not self._stopping.wait(CHECK_INTERVAL_SECONDS):
-            now = self._clock.monotonic()
-            # The whole process was stopped for so long (SIGSTOP, a suspended machine): no loop is
-            # to blame.
-            stopped = now - last - CHECK_INTERVAL_SECONDS
+            passed = self._clock.monotonic() - last
+            last += passed
+            # Much more than was asked for: the whole process was stopped (SIGSTOP, a suspended
+            # machine), and nothing in it is to blame.
+            is_late = passed > CHECK_INTERVAL_SECONDS + WARN_AFTER_SECONDS / 2
+            now += CHECK_INTERVAL_SECONDS if is_late else passed
             for name, probe in self._probes.items():
-                if stopped > WARN_AFTER_SECONDS / 2:
-                    probe.last_turn_at += stopped
                 self._check(name, probe, now)
-            last = now
             fault = self._dead_thread() or self._parts.dead_part() or self._stall(now)
             if fault and not self._stopping.is_set():
                 self._on_fault(fault)
@@ -138,8 +137,11 @@ class Watchdog:
         since: dict[str, float] = {
             name: probe.last_turn_at for name, probe in self._probes.items() if probe.is_pending
         }
-        if (began := parts.store.busy_since) is not None:
-            since["the store's writer waits for its disk"] = began
+        if (began := parts.store.busy_since) != self._transaction:
+            self._transaction = began
+            self._transaction_since = now
+        if began is not None:
+            since["the store's writer waits for its disk"] = self._transaction_since
         if not parts.worker.threads.is_blocked:
             self._blocked_since = None
         else:

@@ -5,11 +5,16 @@ runs go on, or the process says why not and ends.
 import os
 import signal
 import socket
+import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
+import httpx2
 import pytest
 
+from eventflow.server.watchdog import CHECK_INTERVAL_SECONDS
 from tests.conftest import wait_until
 from tests.server_process import EventflowProcess, eventflow, serving
 
@@ -167,6 +172,9 @@ for each in (leaves, adds, stubborn, blocks, outlived, plain_flow, forking):
 """
 
 
+FROZEN_SECONDS = 12
+
+
 def serve(folder: Path, *options: str):
     (folder / "hangs.py").write_text(APP)
     return serving(folder, *options, file="hangs.py")
@@ -241,6 +249,58 @@ def test_a_loop_that_turns_again_makes_the_process_ready_again(tmp_path: Path) -
         (tmp_path / "unblock").touch()
         served.wait_for(run, "completed")
         wait_until(lambda: served.client.get("/readyz").status_code == 200, "it is ready again")
+
+
+@pytest.mark.parametrize("what", ["loop", "threads", "store"])
+def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path: Path, what: str) -> None:
+    """SIGSTOP for longer than the stall timeout, while a body blocks its loop, bodies have all
+    threads, or a commit waits for its file: nothing is to blame after SIGCONT, and work continues.
+    """
+    with serve(tmp_path, "--stall-timeout", f"{FROZEN_SECONDS - 1}", "--grace", "0.5") as served:
+        run = ""
+        if what == "loop":
+            run = served.start("blocks")
+            wait_until(lambda: '"loop.blocked"' in served.log, "it is blocked for a second")
+        if what == "threads":
+            for _ in range(10):
+                served.wait_for(served.start("outlived"), "failed")
+            run = served.start("plain_flow")
+            wait_until(
+                lambda: (
+                    [each["state"] for each in served.get(f"/api/runs/{run}")["tasks"]]
+                    == ["queued"]
+                ),
+                "its body waits for a thread",
+            )
+            seen = time.monotonic() + 4 * CHECK_INTERVAL_SECONDS
+            wait_until(lambda: time.monotonic() > seen, "the watchdog has looked")
+        with (
+            ThreadPoolExecutor(1) as pool,
+            closing(sqlite3.connect(served.store, isolation_level=None)) as other,
+        ):
+            if what == "store":
+                other.execute("BEGIN IMMEDIATE")
+                begun = {"flow": "adds", "params": {"a": 1, "b": 2}}
+                token = {"authorization": f"Bearer {served.token}"}
+                waits = pool.submit(
+                    httpx2.post, f"{served.url}/api/runs", json=begun, headers=token, timeout=60
+                )
+                for _ in range(3):  # later requests are answered: this one is being recorded
+                    assert served.client.get("/readyz").status_code == 200
+                assert not waits.done()
+            served.signal(signal.SIGSTOP)
+            time.sleep(FROZEN_SECONDS)
+            served.signal(signal.SIGCONT)
+        (tmp_path / "unblock").touch()
+        (tmp_path / "release").touch()
+        if run:
+            served.wait_for(run, "completed")
+        assert served.wait_for(served.start("adds", a=1, b=2), "completed")["result"] == 3
+        assert served.client.get("/readyz").status_code == 200
+        assert served.stop() == 0
+        assert '"server.failed"' not in served.log
+        blocked = [line for line in served.log.splitlines() if '"loop.blocked"' in line]
+        assert not [line for line in blocked if '"level":"error"' in line], blocked
 
 
 def test_plain_bodies_that_outlive_their_timeout_are_replaced_then_counted(tmp_path: Path) -> None:
