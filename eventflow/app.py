@@ -46,7 +46,7 @@ from eventflow.routing.subscriptions import (
     subscribe_sink,
 )
 from eventflow.runs.run import Cancelled, Completed, Failed, NeedsAttention, format_id
-from eventflow.sdk.flow import Flow
+from eventflow.sdk.flow import Flow, opened_app
 from eventflow.serialization.codecs import to_readable
 from eventflow.serialization.errors import decode_error
 
@@ -321,6 +321,7 @@ class App:
         runtime = Runtime(config, store or self.url, logs)
         await runtime.open(own_loop, listen and not passive, passive)
         self._runtime = runtime
+        opened_app.set(self)
 
     async def close(self, grace: float = 20.0) -> None:
         """Drains and closes: intake stops, attempts may end within `grace` seconds, the rest is

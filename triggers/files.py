@@ -108,6 +108,12 @@ class Directory:
         check_action(after)
         self.name = name or f"files:{os.fspath(root)}"
         directory = os.path.abspath(os.fsencode(root))
+        if os.path.isfile(directory):
+            folder, file = map(printable, os.path.split(directory))
+            raise UsageError(
+                f"Directory({os.fspath(root)!r}): expected a directory, found a file; write "
+                f"Directory({folder!r}, pattern={'/' + file!r})"
+            )
         _check_patterns(directory, pattern)
         by_outcome = isinstance(after, OutcomeAction)
         self._options = DirectoryOptions(

@@ -28,6 +28,9 @@ from eventflow.serialization.errors import TARGET_PREFIX
 
 T = TypeVar("T", App, Flow[..., Any], Task[..., Any])
 
+ENV_FILE = ".env"
+"""In the working directory."""
+
 FORMS = "file.py, file.py:NAME or package.module:NAME"
 
 _EVENTFLOW_DIR = str(Path(__file__).parent.parent)
@@ -80,14 +83,22 @@ def load_task(target: str) -> Task[..., Any]:
 
 def load_module(target: str) -> tuple[ModuleType, str | None]:
     """The imported module, and the name after the colon, if any."""
-    load_dotenv(".env")
+    load_dotenv(ENV_FILE)
     where, _, name = target.partition(":") if not os.path.exists(target) else (target, "", "")
+    _note_other_env(where)
     if where.endswith(".py") or os.sep in where:
         return _import_file(target, where), name or None
     if os.path.isfile(where) or not all(part.isidentifier() for part in where.split(".")):
         raise AppNotFound(target, f"expected {FORMS}")
     sys.path.insert(0, os.getcwd())
     return _import_or_fail(target, lambda: importlib.import_module(where)), name or None
+
+
+def _note_other_env(where: str) -> None:
+    """A note if `.env` lies beside the file of the target, and none where it is looked for."""
+    other = Path(where).resolve().parent / ENV_FILE
+    if os.path.isfile(where) and other.is_file() and not os.path.exists(ENV_FILE):
+        note(f"{other} is not read: .env is read from the working directory; start there")
 
 
 def _import_file(target: str, where: str) -> ModuleType:

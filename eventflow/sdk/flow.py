@@ -65,8 +65,8 @@ T = TypeVar("T")
 log = get_logger("eventflow.flow")
 LOG_EVENTS = {
     "flow.called_directly": (
-        "A flow of an open App was called like a plain function, outside of a flow: the call is "
-        "not recorded."
+        "A flow was called like a plain function while an App is open, outside of a flow: the call "
+        "is not recorded."
     ),
 }
 
@@ -167,6 +167,24 @@ class RunContext:
         return to_datetime(self._now())
 
 
+class Openable(Protocol):
+    """An App, which is defined above this module."""
+
+    @property
+    def is_open(self) -> bool: ...
+
+
+opened_app: ContextVar[Openable | None] = ContextVar("eventflow_opened_app", default=None)
+"""The App that was opened last in this context, such as by `async with app:` around the code. It
+may be closed since.
+"""
+
+
+def _is_in_open_app() -> bool:
+    app = opened_app.get()
+    return app is not None and app.is_open
+
+
 _run: ContextVar[RunContext | None] = ContextVar("eventflow_run", default=None)
 
 
@@ -259,7 +277,7 @@ class Flow(Generic[P, T]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
         loop = flow_loop(self.name)
         if loop is None:
-            if self.open_app is not None:
+            if self.open_app is not None or _is_in_open_app() or task_context() is not None:
                 self._report_direct_call()
             return self.fn(*args, **kwargs)
         host = cast(FlowCallPerformer, loop.host)
@@ -271,11 +289,11 @@ class Flow(Generic[P, T]):
         at = user_location()
         if at not in self._direct_calls:
             self._direct_calls.add(at)
-            hint = (
-                f"to start a run: await app.start({self.call_form})"
-                if task_context() is None
-                else "a task starts no runs: call it in a flow, or emit an event that starts it"
-            )
+            hint = f"to start a run: await app.start({self.call_form})"
+            if task_context() is not None:
+                hint = "a task starts no runs: call it in a flow, or emit an event that starts it"
+            elif self.open_app is None:
+                hint = f"no open App has it: app.add({self.name}) before the App opens; {hint}"
             log.warning("flow.called_directly", flow=self.name, at=at, hint=hint)
 
 

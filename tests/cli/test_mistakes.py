@@ -173,6 +173,21 @@ def test_a_new_store_in_another_folder(tmp_path: Path):
     assert "new store" not in eventflow(tmp_path / "sub", "run", "../app.py:f").stderr
 
 
+def test_settings_next_to_the_app_in_another_folder(tmp_path: Path):
+    """A `.env` beside the app is not read from another folder: a note says so, unless there is one
+    in the working directory.
+    """
+    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\napp = App('app')\n")
+    (tmp_path / ".env").write_text("SECRET=1\n")
+    assert ".env" not in eventflow(tmp_path, "run", "app.py:f").stderr
+    elsewhere = tmp_path / "sub"
+    elsewhere.mkdir()
+    done = eventflow(elsewhere, "run", "../app.py:f")
+    assert done.returncode == 0 and f"{tmp_path}/.env is not read" in done.stderr
+    (elsewhere / ".env").write_text("")
+    assert ".env" not in eventflow(elsewhere, "run", "../app.py:f").stderr
+
+
 def test_a_task_in_the_place_of_a_flow(tmp_path: Path):
     """`run` of a task or a plain function says which command or decorator is meant."""
     (tmp_path / "app.py").write_text(

@@ -81,10 +81,23 @@ async def test_a_flow_called_in_a_task_is_a_warning() -> None:
 async def test_a_flow_is_a_function_where_no_app_is_open() -> None:
     """Without an open app, such as in unit tests, a flow is its function, without a warning."""
 
+    stream = io.BytesIO()
+    with configure(stream=stream, pretty=False) as logs:
+        async with running(App("closed")):
+            pass
+        assert await doubled(3) == 6
+        logs.flush()
+    assert b"called_directly" not in stream.getvalue()
+
+
+async def test_a_flow_that_no_open_app_has_is_a_warning() -> None:
+    """A flow that was not added starts no run either: the hint says how to add it."""
+
     async def act(_: App) -> None:
         assert await doubled(3) == 6
 
-    assert [line for line in await lines_of(act) if "called_directly" in line["event"]] == []
+    (line,) = [line for line in await lines_of(act) if "called_directly" in line["event"]]
+    assert HERE in line["at"] and "app.add(doubled) before the App opens" in line["hint"]
 
 
 # --------------------------------------------------------------------------- timeouts

@@ -134,6 +134,10 @@ DECLARED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Directory("/srv/in", pattern="/srv/in/*.csv"),
         "pattern= is relative to the root; write '/*.csv'",
     ),
+    "a file for the folder": (
+        lambda: Directory(__file__),
+        "expected a directory, found a file; write Directory('.*', pattern='/test_mistakes.py')",
+    ),
     "a number for the attempts": (
         lambda: Retry(3),  # type: ignore[call-arg, misc]
         "write Retry(attempts=..., ...)",

@@ -184,7 +184,10 @@ class Listener:
             return
         identity = await self._context.run_blocking(self._context.tree.identity)
         if identity is None:
-            self._on_root_missing("it is not there, or is no directory")
+            is_there = await self._context.run_blocking(os.path.lexists, self._context.tree.root)
+            self._on_root_missing(
+                "it is no directory that can be read" if is_there else "it is not there"
+            )
             return
         is_unwatched = (
             self._native
