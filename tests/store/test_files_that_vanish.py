@@ -18,6 +18,7 @@ from eventflow.core.errors import StoreCorrupt, StoreError, StoreFailed
 from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually, stays
 from tests.store.ledger import Ledger, ManualClock
+from tests.store.test_file_guards import holding
 
 CHECKPOINT = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA wal_checkpoint')"
 
@@ -173,6 +174,45 @@ async def test_p10_a_store_whose_file_is_overwritten_stops(
     again = SqliteStore(path, clock=ManualClock(), ballast=0)
     with pytest.raises(StoreCorrupt, match="missing"):
         again.open()
+    again.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_p10_a_wal_that_was_put_in_place_is_not_touched(tmp_path: Path, busy: bool):
+    """A backup is moved over an open store, its WAL first. The store that was open fails in
+    between, and its end neither removes that WAL nor writes to it: with its own file, which comes
+    then, the backup has all its commits.
+    """
+    path, backup = tmp_path / "a.db", tmp_path / "backup" / "b.db"
+    backup.parent.mkdir()
+    with holding(str(backup), "record") as holder:
+        holder.kill()  # its commit is in its WAL only
+    content = Path(f"{backup}-wal").read_bytes()
+    assert content
+    store = SqliteStore(path, clock=ManualClock(), ballast=0)
+    store.open()
+    ledger = Ledger(store, ManualClock())
+    failures: list[StoreError] = []
+    store.on_failure(failures.append)
+    for n in range(5):
+        await ledger.recorded(name=f"before-{n}")
+    began = time.monotonic()
+    os.replace(f"{backup}-wal", f"{path}-wal")
+    with suppress(StoreError):
+        while busy and time.monotonic() - began < 5:
+            await ledger.recorded(name=f"after-{time.monotonic()}")
+    await eventually(lambda: failures, "the store has failed")
+    store.close()
+    assert Path(f"{path}-wal").read_bytes() == content
+    os.replace(f"{path}-wal", f"{backup}-wal")
+    restored = SqliteStore(backup, clock=ManualClock(), ballast=0)
+    restored.open()
+    assert (await restored.counts())["events"] == 1
+    restored.close()
+    again = SqliteStore(path, clock=ManualClock(), ballast=0)
+    again.open()
+    assert (await again.counts())["events"] >= 5
     again.close()
 
 

@@ -1,24 +1,36 @@
 """The locks that SQLite itself holds on an open store, and that nothing of ours may drop."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from eventflow.core.errors import StoreLocked
-from tests.store.ledger import Ledger
-from tests.store.test_file_guards import opening
+from eventflow.store.sqlite import SqliteStore
+from tests.store.ledger import Ledger, ManualClock
+from tests.store.test_file_guards import WAYS, opening
 
 
-def test_a_refused_open_leaves_the_locks_of_the_open_store(
-    ledger: Ledger, path: str, tmp_path: Path
-):
-    """A second open in the same process is refused before the file is opened: closing any handle of
-    it would drop SQLite's own locks, and another process could remove the WAL that is in use.
+@pytest.mark.parametrize("way", WAYS)
+def test_a_refused_open_leaves_the_locks_of_the_open_store(tmp_path: Path, way: str):
+    """A second open in the same process is refused before the file is opened, by whatever name:
+    closing any handle of it would drop SQLite's own locks, and another process could remove the WAL
+    that is in use.
     """
-    (tmp_path / "other.db").symlink_to(path)
-    for name in (str(tmp_path / "other.db"), path):
-        assert isinstance(opening(name), StoreLocked)
-        assert _sqlite_lock_is_held(path)
+    path = str(tmp_path / "a.db")
+    store = SqliteStore(path, clock=ManualClock())
+    store.open()
+    ledger = Ledger(store, ManualClock())
+    asyncio.run(ledger.recorded())
+    assert isinstance(opening(WAYS[way](path)), StoreLocked)
+    assert _sqlite_lock_is_held(path)
+    program = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM ledger')"
+    subprocess.run([sys.executable, "-c", program, path], check=True)
+    assert Path(f"{path}-wal").stat().st_size > 0
+    asyncio.run(ledger.recorded(name="second"))
+    store.close()
 
 
 def _sqlite_lock_is_held(path: str) -> bool:
