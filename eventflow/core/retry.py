@@ -14,7 +14,7 @@ import msgspec
 
 from eventflow.core.clock import Duration
 from eventflow.core.declarations import Declared, declaration, duration, number, whole_number
-from eventflow.core.errors import NotStorable, UsageError
+from eventflow.core.errors import NotStorable, UsageError, value_or_none
 
 
 class RetryAfter(Exception):
@@ -75,8 +75,8 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
             delays = [self.delay_after(attempt, each, draw) for each in members]
             known = [delay for delay in delays if delay is not None]
             return max(known) if len(known) == len(delays) else None
-        if isinstance(error, RetryAfter):
-            return error.delay
+        if isinstance(error, RetryAfter) and (own := _own_delay(error)) is not None:
+            return own
         if isinstance(error, self.give_up_on) or not isinstance(error, self.on):
             return None
         if self.delays is not None:
@@ -90,6 +90,11 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
     @property
     def _names_groups(self) -> bool:
         return any(issubclass(each, BaseExceptionGroup) for each in (*self.on, *self.give_up_on))
+
+
+def _own_delay(error: RetryAfter) -> float | None:
+    """None if it is of a user's class without a delay, or with one that is no duration."""
+    return value_or_none(lambda: duration(error.delay, "RetryAfter.delay"))
 
 
 class Backoff(Iterator[float]):

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,22 @@ class Refused(Exception):
     pass
 
 
+class Busy(RetryAfter):
+    """A RetryAfter whose constructor forgot that of its base."""
+
+    def __init__(self, who: str) -> None:  # pyright: ignore[reportMissingSuperCall]
+        self.who = who
+
+    def __str__(self) -> str:
+        return f"{self.who} is busy"
+
+
+class Endless(RetryAfter):
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.delay = math.inf
+
+
 def _group(*errors: Exception) -> ExceptionGroup[Exception]:
     return ExceptionGroup("several", errors)
 
@@ -186,6 +203,9 @@ def _group(*errors: Exception) -> ExceptionGroup[Exception]:
         (None, OSError("x"), 1),
         (2, Permanent("never"), 1),
         (2, RetryAfter(7, "busy"), 3),
+        (2, Busy("x"), 3),
+        (2, Endless(), 3),
+        (Retry(attempts=3, delay=1, on=(OSError,)), Busy("x"), 1),
         (Retry(attempts=3, delay=1, on=(OSError,)), ValueError("x"), 1),
         (Retry(attempts=3, delay=1, on=(OSError,)), ConnectionError("x"), 3),
         (Retry(attempts=3, delay=1, give_up_on=(Refused,)), Refused("x"), 1),
