@@ -283,6 +283,11 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
             and not self.cancel_requested
         )
 
+    def end_wait(self) -> None:
+        """The run is claimed: it awaits no retry, also when this claim is interrupted."""
+        if not self.cancel_requested:
+            self.reason = None
+
     def clear_crashes(self) -> None:
         self.crash_suspect = 0
         self.crash_count = 0

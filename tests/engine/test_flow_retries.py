@@ -667,6 +667,45 @@ async def test_a_retry_executes_what_a_child_had_cancelled_again(ends: str) -> N
         assert await app.store.check() == []
 
 
+async def test_a_child_that_fails_in_a_drain_has_failed(tmp_path: Path) -> None:
+    """An attempt that a restart interrupts is continued: a child that fails after its parent has
+    left memory is not executed once more, and its error ends that attempt.
+    """
+    seen = Bodies()
+    parents: list[tuple[App, int]] = []
+
+    @task
+    async def work() -> None:
+        if seen.calls.count("work") == 1:
+            await in_state(*parents[0], "pending")
+        seen.fail("work", 9)
+
+    @flow
+    async def child() -> None:
+        await work()
+
+    @flow(retries=[WAIT])
+    async def parent() -> None:
+        await child()
+
+    clock = VirtualClock()
+    for life in range(2):
+        app = App("drain")
+        app.add(parent)
+        async with running(app, clock=clock, store=tmp_path / "d.db"), asyncio.timeout(20):
+            if life == 0:
+                number = (await app.start(parent)).number
+                parents.append((app, number))
+                await awaits(app, number)
+                await clock.advance(WAIT)
+                await in_state(app, await child_of(app, number, "child"), "running")
+                await in_state(app, number, "running")
+            else:
+                await in_state(app, parents[0][1], "failed")
+                assert seen.calls == ["work", "work"]
+                assert await app.store.check() == []
+
+
 async def test_a_child_that_a_person_cancelled_stays_so() -> None:
     """A retry of the parent does not execute it again: the parent fails at once."""
 
