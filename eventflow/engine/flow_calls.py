@@ -27,7 +27,7 @@ from eventflow.logs.log import LogContext, get_logger, log_context
 from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
 from eventflow.loop.unawaited import CallSite
-from eventflow.runs.journal import Entry, Journal, Kind, restart_entry
+from eventflow.runs.journal import Entry, Journal, Kind, is_time_limit, restart_entry
 from eventflow.runs.run import NeedsAttention, Outcome, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import TaskCall
@@ -202,6 +202,10 @@ class FlowCalls(ABC):
 
     def set_timer(self, timer: FlowTimer) -> None:
         if self.run_end.is_open:
+            again = self.pending.journal.repeated_at
+            if again and is_time_limit(timer.call_key):
+                # The flow's time is that of the values that it repeats.
+                timer.due = max(timer.due, again + timer.due - self.pending.now)
             self._request(timer)
 
     def cancel_timer(self, timer: FlowTimer) -> None:

@@ -114,9 +114,10 @@ RERUN_NOTE = "@rerun"
 """
 
 RETRY_NOTE = "@retry"
-"""Call key of a note: the attempt-th execution of the flow failed with `error`, and the next one is
-due at `due_at`. Its value is `{"attempt", "attempts"}`, counted since the last retry by hand. With
-`due_at` None a person retried the run then: all its retries are left again.
+"""Call key of a note: another execution of the flow from recorded values is due at `due_at`, from
+where its timeouts count. The one before failed with `error`, the attempt-th of the run; the value
+is `{"attempt", "attempts"}`, counted since the last note without a value: all retries are left
+then, because a person, or the parent, retried the run.
 """
 
 CANCEL_KEY = "@cancel"
@@ -133,6 +134,13 @@ def rerun_entry(run: str, call: str, seed: str) -> Entry:
     """The note of a run that repeats `run` from `call`."""
     value = msgspec.json.encode({"run": run, "from": call, "seed": seed})
     return Entry(call_key=RERUN_NOTE, kind=Kind.NOTE, value=value)
+
+
+def is_time_limit(timer: str) -> bool:
+    """Whether the timer with this call key limits how long something may take: any but a sleep's
+    (loop/flow_loop.py names them).
+    """
+    return timer.rpartition("/")[2].partition("#")[0] != "sleep"
 
 
 def retry_note(number: int, attempt: int, attempts: int, due_at: int, error: bytes) -> Entry:
@@ -252,10 +260,14 @@ class Journal:
         """Failed executions of the flow since the start, or the last retry by hand."""
         note = self.retry_note
         return (
-            0
-            if note is None or note.due_at is None
-            else msgspec.json.decode(note.value or b"")["attempt"]
+            0 if note is None or note.value is None else msgspec.json.decode(note.value)["attempt"]
         )
+
+    @property
+    def repeated_at(self) -> int:
+        """When the last execution from recorded values was due; 0 for the first execution."""
+        note = self.retry_note
+        return 0 if note is None else note.due_at or note.at
 
     def attempts(self, call_key: str) -> tuple[int, int, int | None]:
         """`(last attempt, attempts since the last manual retry, due_at of the next)` of a call

@@ -13,6 +13,7 @@ from eventflow.core.errors import StoreCorrupt, UsageError
 from eventflow.runs.journal import (
     RERUN_NOTE,
     RESTARTED_NOTE,
+    RETRY_NOTE,
     STARTED_NOTE,
     Entry,
     Kind,
@@ -40,6 +41,8 @@ def end_wait(tx: Transaction, row: RunRow) -> None:
     run waits for a retry.
     """
     if row.awaits_retry:
+        entries = load_journal(tx.connection, row.id)
+        _make_due(tx, row, [entry for entry in entries if entry.call_key == RETRY_NOTE][-1:])
         tx.runs.wake(row)
         for child, *_ in children(tx, row.id):
             found = tx.runs.need(child)
@@ -49,7 +52,13 @@ def end_wait(tx: Transaction, row: RunRow) -> None:
     waiting = _waiting_attempts(load_journal(tx.connection, row.id))
     if not waiting:
         raise UsageError(f"run {format_id(row.id)} is waiting {_what_for(tx, row)}")
-    for entry in waiting:
+    _make_due(tx, row, waiting)
+    tx.runs.wake(row)
+
+
+def _make_due(tx: Transaction, row: RunRow, entries: Sequence[Entry]) -> None:
+    """What these entries wait for is due now."""
+    for entry in entries:
         entry.due_at = tx.commit.now
         tx.connection.execute(
             "UPDATE journal SET due_at = ?, crc = ?"
@@ -63,7 +72,6 @@ def end_wait(tx: Transaction, row: RunRow) -> None:
                 int(entry.kind),
             ),
         )
-    tx.runs.wake(row)
 
 
 def _waiting_attempts(entries: Sequence[Entry]) -> list[Entry]:
@@ -144,6 +152,8 @@ def rerun(tx: Transaction, run: int, call: str, new: int) -> Callable[[], Run]:
     for entry in kept:
         tx.journal.added.append(rows.entry_row(new, entry))
     tx.journal.add(new, rerun_entry(name, call, seed))
+    note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=1, due_at=tx.commit.now)
+    tx.journal.add(new, note)
     return lambda: made
 
 

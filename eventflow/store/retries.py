@@ -7,10 +7,17 @@ executions has a reason (`RunRow.awaits_retry`): answers that come in meanwhile 
 not wake it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from eventflow.core.errors import StoreCorrupt
-from eventflow.runs.journal import RETRY_NOTE, RUNNING_TIME_NOTE, TIMEOUT_KEY, Entry, Kind
+from eventflow.runs.journal import (
+    RETRY_NOTE,
+    RUNNING_TIME_NOTE,
+    TIMEOUT_KEY,
+    Entry,
+    Kind,
+    is_time_limit,
+)
 from eventflow.runs.run import Retried, State, format_id
 from eventflow.store import rows
 from eventflow.store.late_runs import note_retry
@@ -31,7 +38,7 @@ def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
     tx.journal.add(row.id, outcome.note)
     tx.flush()
     try:
-        cleared = _clear_errors(tx, row.id, kept=_final_calls(tx, row.id))
+        cleared = _clear_errors(tx, row.id, has_failed=True, kept=_final_calls(tx, row.id))
     except StoreCorrupt as error:
         row.reason = str(error)
         tx.runs.move(row, State.HELD)
@@ -96,8 +103,8 @@ def keep_values(tx: Transaction, row: RunRow, due_at: int = 0, reason: str | Non
     was_cancelled = row.state is State.CANCELLED
     if not row.state.is_live:
         note_retry(tx, row.id)
-    cleared = _clear_errors(tx, row.id)
-    _renew_retries(tx, row)
+    cleared = _clear_errors(tx, row.id, has_failed=row.state is State.FAILED)
+    _renew_retries(tx, row, max(due_at, tx.commit.now))
     _begin_again(tx, row, due_at, reason)
     for child, call_key, state, _ in children(tx, row.id):
         # A child that was cancelled with its running parent has left no error there.
@@ -125,24 +132,32 @@ def make_new(row: RunRow) -> None:
     row.clear_outcome()
 
 
-def _renew_retries(tx: Transaction, row: RunRow) -> None:
-    """All retries of its flow are left again, if it has used any. Keeps its last error."""
+def _renew_retries(tx: Transaction, row: RunRow, due_at: int) -> None:
+    """All retries of its flow are left again. Keeps its last error, if it has used any of them."""
     asked = "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?"
     (last,) = tx.connection.execute(asked, (row.id, RETRY_NOTE)).fetchone()
+    note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=(last or 0) + 1, due_at=due_at)
     if last is not None:
-        note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=last + 1)
         asked = "SELECT error FROM runs WHERE id = ?"
         (note.error,) = tx.connection.execute(asked, (row.id,)).fetchone()
-        tx.journal.add(row.id, note)
+    tx.journal.add(row.id, note)
 
 
-def _clear_errors(tx: Transaction, run: int, kept: Collection[str] = ()) -> set[str]:
+def _clear_errors(
+    tx: Transaction, run: int, *, has_failed: bool, kept: Collection[str] = ()
+) -> set[str]:
     """ERROR entries become CLEARED, but for those of the `kept` calls; the entries of a cancel, a
-    timeout and the running time are deleted. Returns the call keys of the errors.
+    timeout and the running time are deleted, and if the run `has_failed`, those of the timeouts of
+    blocks that the flow got last. Returns the call keys of the errors.
     """
     entries = load_journal(tx.connection, run)
     errors = [e for e in entries if e.kind is Kind.ERROR and e.call_key not in kept]
     cleared = {entry.call_key for entry in errors}
+    if has_failed:
+        tx.connection.executemany(
+            "DELETE FROM journal WHERE run = ? AND kind = 4 AND call_key = ?",
+            [(run, call_key) for call_key in _last_timeouts(entries)],
+        )
     tx.connection.execute(
         "DELETE FROM journal WHERE run = ? AND (kind = 7 OR call_key IN (?, ?))",
         (run, TIMEOUT_KEY, RUNNING_TIME_NOTE),
@@ -158,6 +173,19 @@ def _clear_errors(tx: Transaction, run: int, kept: Collection[str] = ()) -> set[
     rows.insert_entries.execute(tx.connection, [rows.entry_row(run, entry) for entry in new])
     tx.journal.finals.difference_update((run, call_key) for call_key in cleared)
     return cleared
+
+
+def _last_timeouts(entries: Sequence[Entry]) -> list[str]:
+    """The call keys of the timeouts of blocks after whose end the flow has received no value: they
+    ended what failed.
+    """
+    received = [entry for entry in entries if entry.kind.is_final and entry.kind is not Kind.ERROR]
+    last = max((entry.batch for entry in received), default=0)
+    return [
+        entry.call_key
+        for entry in received
+        if entry.batch == last and entry.kind is Kind.TIMER and is_time_limit(entry.call_key)
+    ]
 
 
 def children(tx: Transaction, run: int) -> list[tuple[int, str | None, int, int]]:

@@ -132,7 +132,8 @@ async def test_a_child_that_fails_with_its_parent_is_due_with_it(
     await ledger.together(*(ops[n] for n in order))
     assert not [kind for _, kind in await kinds(ledger, parent) if kind == "ERROR"]
     for child in failing:
-        assert await kinds(ledger, child) == [("v#1", "VALUE"), ("x#1", "CLEARED")]
+        kept = [("v#1", "VALUE"), ("x#1", "CLEARED"), (RETRY_NOTE, "NOTE")]
+        assert sorted(await kinds(ledger, child)) == sorted(kept)
         row = await ledger.store.run(child.id)
         assert (row["state"], row["error"]) == ("waiting", None)
         assert row["reason"].startswith("retried with its parent")
@@ -273,18 +274,22 @@ async def test_retry_by_hand_starts_the_run_and_its_waiting_children(ledger: Led
     await ledger.settle(again_parent)
 
 
-async def test_a_retry_by_hand_after_the_end_is_noted_where_retries_were_used(ledger: Ledger):
-    """The note has the last error and no due time; a run whose flow has no retries gets none."""
+async def test_a_retry_by_hand_after_the_end_is_noted(ledger: Ledger):
+    """The note has the time from where timeouts count; where the flow's retries were used, the last
+    error too.
+    """
     plain, run = await ledger.running(), await ledger.running()
-    await ledger.settle(plain, Failed(b"{}"))
+    await ledger.settle(plain, Failed(b'{"type":"OSError"}'))
     await ledger.store.retry(plain.id)
-    assert await kinds(ledger, plain) == []
+    (note,) = await ledger.store.load(plain.id)
+    assert (note.call_key, note.due_at, note.value) == (RETRY_NOTE, ledger.clock.now(), None)
+    assert note.error is None
     await ledger.settle(run, retried(ledger, wait=0))
     again = {one.id: one for one in await ledger.claimed()}
     await ledger.settle(again[plain.id])
     await ledger.settle(again[run.id], Failed(b'{"type":"OSError"}'))
     await ledger.store.retry(run.id)
-    notes = [(e.attempt, e.due_at is None, e.error) for e in await ledger.store.load(run.id)]
+    notes = [(e.attempt, e.value is None, e.error) for e in await ledger.store.load(run.id)]
     assert notes[1] == (2, True, b'{"type":"OSError"}') and len(notes) == 2
     assert await ledger.state(run) == State.PENDING.label
     (again_run,) = await ledger.claimed()

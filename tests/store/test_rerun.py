@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from eventflow.core.errors import NotFound, UsageError
-from eventflow.runs.journal import RERUN_NOTE, Entry, Kind
+from eventflow.runs.journal import RERUN_NOTE, RETRY_NOTE, Entry, Kind
 from eventflow.runs.run import Run, State, Suspended, format_id
 from tests.store.ledger import SECOND, Ledger, Reopen, error, value
 
@@ -76,9 +76,7 @@ async def ended(ledger: Ledger, *commits: Sequence[Entry]) -> Run:
 
 
 async def calls(ledger: Ledger, run: int) -> list[str]:
-    return [
-        entry.call_key for entry in await ledger.store.load(run) if entry.call_key != RERUN_NOTE
-    ]
+    return [entry.call_key for entry in await ledger.store.load(run) if entry.kind is not Kind.NOTE]
 
 
 async def test_a_new_run_keeps_what_came_before_the_call(ledger: Ledger, reopen: Reopen):
@@ -98,9 +96,10 @@ async def test_a_new_run_keeps_what_came_before_the_call(ledger: Ledger, reopen:
         b'{"n":1}',
     )
     assert (claimed.flow, claimed.event) == (run.flow, run.event)
-    kept, note = await ledger.store.load(new)
+    kept, note, times = await ledger.store.load(new)
     assert (kept.call_key, kept.batch, kept.at) == ("a#1", before[0].batch, before[0].at)
     assert note.call_key == RERUN_NOTE
+    assert (times.call_key, times.due_at) == (RETRY_NOTE, ledger.clock.now())
     assert await ledger.store.load(run.id) == before
     assert (await ledger.store.run(run.id))["state"] == "completed"
     counts = await ledger.store.counts()

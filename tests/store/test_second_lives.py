@@ -4,7 +4,7 @@ import pytest
 
 from eventflow import App, flow, sleep
 from eventflow.core.errors import RunTimedOut
-from eventflow.runs.journal import RESTARTED_NOTE, TIMEOUT_KEY, Entry, Kind
+from eventflow.runs.journal import RESTARTED_NOTE, RETRY_NOTE, TIMEOUT_KEY, Entry, Kind
 from eventflow.runs.run import Failed, State, Suspended
 from eventflow.testing import VirtualClock, drain, running
 from tests.store.ledger import Ledger, value
@@ -22,7 +22,10 @@ async def test_a_retry_gives_a_timed_out_run_its_time_anew(ledger: Ledger):
     ledger.clock.forward(3600)
     await ledger.store.retry(run.id)
     (again,) = await ledger.claimed()
-    assert [entry.call_key for entry in await ledger.store.load(run.id)] == ["a#1"]
+    assert [entry.call_key for entry in await ledger.store.load(run.id)] == [
+        "a#1",
+        RETRY_NOTE,
+    ]
     assert again.started_at == ledger.clock.now()
 
 
