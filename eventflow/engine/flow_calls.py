@@ -204,7 +204,8 @@ class FlowCalls(ABC):
         if self.run_end.is_open:
             again = self.pending.journal.repeated_at
             if again and is_time_limit(timer.call_key):
-                # The flow's time is that of the values that it repeats.
+                # The flow's time is that of the values that it repeats. It may begin late.
+                again = max(again, self.run.started_at or 0)
                 timer.due = max(timer.due, again + timer.due - self.pending.now)
             self._request(timer)
 

@@ -40,8 +40,7 @@ def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
     try:
         cleared = _clear_errors(tx, row.id, has_failed=True, kept=_final_calls(tx, row.id))
     except StoreCorrupt as error:
-        row.reason = str(error)
-        tx.runs.move(row, State.HELD)
+        _hold(tx, row, error)
         return
     due_at = outcome.note.due_at or 0
     if row.cancel_requested:
@@ -89,7 +88,16 @@ def _retry_with_parent(tx: Transaction, child: RunRow, due_at: int) -> None:
     if child.state is State.COMPLETED:
         answer_with_result(tx, child)
     elif child.state in RETRYABLE:
-        keep_values(tx, child, due_at, f"retried with its parent {format_id(child.parent or 0)}")
+        try:
+            parent = format_id(child.parent or 0)
+            keep_values(tx, child, due_at, f"retried with its parent {parent}")
+        except StoreCorrupt as error:  # others share the transaction
+            _hold(tx, child, error)
+
+
+def _hold(tx: Transaction, row: RunRow, error: StoreCorrupt) -> None:
+    row.reason = str(error)
+    tx.runs.move(row, State.HELD)
 
 
 # --------------------------------------------------------------------------- any retry

@@ -176,3 +176,39 @@ async def test_a_restart_leaves_a_block_the_time_that_is_left(tmp_path: Path) ->
                 assert await state_of(app, number) == "running"
             else:
                 await in_state(app, number, "failed")
+
+
+async def test_a_block_counts_from_an_attempt_that_begins_late(tmp_path: Path) -> None:
+    """An attempt that begins long after its due time, because no process was there, or no place was
+    free, has the whole time of its blocks too; a restart within it changes nothing.
+    """
+    seen = Bodies()
+
+    @task
+    async def fetch() -> str:
+        seen.fail("fetch", 1)
+        await asyncio.Event().wait()
+        return ""
+
+    @flow(retries=[WAIT])
+    async def job() -> None:
+        async with timeout(10):
+            await fetch()
+
+    clock = VirtualClock()
+    number = 0
+    for life in range(3):
+        app = App("late")
+        app.add(job)
+        async with running(app, clock=clock, store=tmp_path / "late.db"), asyncio.timeout(20):
+            if life == 0:
+                number = (await app.start(job)).number
+                await awaits(app, number, "attempt 1 of 2")
+            else:
+                await eventually(lambda n=life: len(seen.calls) == n + 1, "the call is made")
+                await clock.advance(4)
+                assert await state_of(app, number) == "running"
+            if life == 2:
+                await clock.advance(2)
+                await in_state(app, number, "failed")
+        await clock.advance(86_400 if life == 0 else 0)

@@ -294,3 +294,25 @@ async def test_a_retry_by_hand_after_the_end_is_noted(ledger: Ledger):
     assert await ledger.state(run) == State.PENDING.label
     (again_run,) = await ledger.claimed()
     await ledger.settle(again_run)
+
+
+async def test_a_damaged_child_is_held_and_harms_no_other(ledger: Ledger, path: str):
+    """A child whose journal cannot be read is held; its parent awaits its retry, and the other
+    operations of the batch are recorded.
+    """
+    parent, other = await ledger.running(), await ledger.running()
+    child = await start_child(ledger, parent)
+    await ledger.append(child, value("v#1"))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE journal SET value = 'x' WHERE call_key = 'v#1'")
+    await ledger.together(
+        Settle(child.id, child.token, Failed(b"{}"), error("c#1"), parent.id),
+        Settle(other.id, other.token, Completed(b"1")),
+        Settle(parent.id, parent.token, retried(ledger)),
+    )
+    states = [await ledger.state(run) for run in (child, other, parent)]
+    assert states == ["held", "completed", "waiting"]
+    assert "checksum" in (await ledger.store.run(child.id))["reason"]
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE journal SET value = X'31' WHERE call_key = 'v#1'")
+    await ledger.store.cancel(parent.id, "enough")
