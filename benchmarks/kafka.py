@@ -38,8 +38,8 @@ FIGURES = (
         key="intake",
         what="records/s from a topic into the ledger ÷ bare loop",
         unit="/s",
-        floor=0.35,
-        goal=0.60,
+        floor=0.22,
+        goal=0.40,
     ),
 )
 

@@ -5,12 +5,23 @@ one at a time.
 from benchmarks import limit, load, ours
 from benchmarks.measure import Figure
 
+# `gated_floor`: the floors of before; both figures are still below the gates of the new ones.
 FIGURES = (
     Figure(
-        key="batch", what="runs/s, events accepted 100 at a time", unit="/s", floor=0.25, goal=0.60
+        key="batch",
+        what="runs/s, events accepted 100 at a time",
+        unit="/s",
+        floor=0.35,
+        goal=0.50,
+        gated_floor=0.25,
     ),
     Figure(
-        key="single", what="runs/s, one at a time by 200 callers", unit="/s", floor=0.12, goal=0.35
+        key="single",
+        what="runs/s, one at a time by 200 callers",
+        unit="/s",
+        floor=0.25,
+        goal=0.40,
+        gated_floor=0.12,
     ),
 )
 

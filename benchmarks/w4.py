@@ -13,7 +13,7 @@ from benchmarks.measure import Figure, alone
 
 FIGURES = (
     Figure(
-        key="import", what="import eventflow", unit="ms", floor=1.4, goal=1.1, lower_is_better=True
+        key="import", what="import eventflow", unit="ms", floor=1.3, goal=1.1, lower_is_better=True
     ),
     Figure(
         key="first_run",
