@@ -149,7 +149,10 @@ def test_p10_a_server_whose_mount_point_changes_stops(
     with serve(tmp_path, data) as server:
         for _ in range(20):
             assert send(server)
+        server.signal(signal.SIGSTOP)  # so that it looks at its files after the change
         kept = change(data, folder, mount)
+        assert str(server.process.pid) in refused(tmp_path, kept)
+        server.signal(signal.SIGCONT)
         if ends == 0:
             assert send(server)
             all_done(server, count)
