@@ -45,7 +45,7 @@ format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format .
 
 clean:  ## Remove the virtual environments and everything built
-	rm -rf $(VENV) $(AWS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .eventflow
+	rm -rf $(VENV) $(AWS) .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .eventflow
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -3,6 +3,7 @@
     python -m benchmarks [W1 W2 …] [--quick] [--rounds N] [--loop uvloop | asyncio] [--gate]
     python -m benchmarks [W1 W2 …] --against DIR   # another checkout, see compare.py
     python -m benchmarks path     # files and function calls that one event takes, see path.py
+    python -m benchmarks peers    # beside DBOS and Prefect, see peers.py
 
 Every sample of a side is a process of its own; the sides take turns, so that both meet the same
 machine. A figure is the median over the rounds' pairs. With --gate the exit code is 1 when a figure
@@ -20,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import compare, load, path
+from benchmarks import compare, load, path, peers
 from benchmarks.measure import Figure, alone, shown
 
 MEASURES = (
@@ -40,6 +41,7 @@ MEASURES = (
 )
 COMMANDS = {
     "path": path.main,
+    "peers": peers.main,
 }
 COLUMNS = "{:<7} {:<56} {:>12} {:>12} {:>8} {:>7} {:>7} {:>7}  {}"
 Samples = dict[str, list[dict[str, float]]]

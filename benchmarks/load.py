@@ -58,6 +58,10 @@ def bodies(count: int, source: str = "bench") -> list[bytes]:
     ]
 
 
+def decode(body: bytes) -> dict[str, Any]:
+    return orjson.loads(body)
+
+
 async def score(data: Any) -> dict[str, int]:
     """The task of every measure: as little as a task can do."""
     return {"total": data["amount"] * 2}
@@ -65,7 +69,13 @@ async def score(data: Any) -> dict[str, int]:
 
 async def throughput(accept: Accept, given: list[bytes], finished: Count, mode: str) -> float:
     """Finished runs per second, from the first call until all of `given` are finished."""
-    per_call, callers = MODES[mode]
+    return await drive(accept, given, finished, *MODES[mode])
+
+
+async def drive(
+    accept: Accept, given: list[bytes], finished: Count, per_call: int, callers: int
+) -> float:
+    """As `throughput`, with so many events in a call and so many callers."""
     left = iter(given)
 
     async def caller() -> None:

@@ -1,6 +1,42 @@
-"""What the gates of benchmarks/ accept."""
+"""The commands of benchmarks/ that compare and bound speed: what they print without the network,
+and what their gates accept.
+"""
 
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import peers
 from benchmarks.measure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_peers_that_are_not_installed_are_rows_with_a_reason(tmp_path: Path):
+    """`python -m benchmarks peers` gives eventflow's and the limit loop's values, and says of each
+    peer that it cannot run and why, when its environment is missing and must not be made.
+    """
+    environment = tmp_path / "peers"
+    options = ["--quick", "--rounds", "1", "--no-install", "--environment", str(environment)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "peers", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    measures = tuple(comparison.what for comparison in peers.COMPARISONS)
+    rows = [row for row in done.stdout.splitlines() if row.startswith(measures)]
+    for side in ("eventflow", "limit loop"):
+        found = [row for row in rows if f" {side} " in row]
+        assert len(found) == len(measures)
+        assert not any("CANNOT RUN" in row for row in found)
+    for side in ("DBOS, PostgreSQL", "DBOS, SQLite", "Prefect"):
+        found = [row for row in rows if f" {side} " in row and "CANNOT RUN" in row]
+        assert len(found) == len(measures)
+        assert f"{side}: CANNOT RUN: expected an environment in {environment}" in done.stdout
+    assert not environment.exists()
 
 
 def test_the_gate_of_a_figure_is_taken_from_its_earlier_floor_when_it_has_one():
