@@ -4,6 +4,7 @@
     python -m benchmarks [W1 W2 …] --against DIR   # another checkout, see compare.py
     python -m benchmarks path     # files and function calls that one event takes, see path.py
     python -m benchmarks peers    # beside DBOS and Prefect, see peers.py
+    python -m benchmarks costs    # what a filter, a key, an emit … add to a run, see costs.py
 
 Every sample of a side is a process of its own; the sides take turns, so that both meet the same
 machine. A figure is the median over the rounds' pairs. With --gate the exit code is 1 when a figure
@@ -21,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import compare, load, path, peers
+from benchmarks import compare, costs, load, path, peers
 from benchmarks.measure import Figure, alone, shown
 
 MEASURES = (
@@ -40,6 +41,7 @@ MEASURES = (
     "memory",
 )
 COMMANDS = {
+    "costs": costs.main,
     "path": path.main,
     "peers": peers.main,
 }
