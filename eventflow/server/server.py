@@ -37,6 +37,7 @@ from eventflow.logs.log import get_logger
 from eventflow.logs.redaction import SECRETS
 from eventflow.logs.store import LogStore
 from eventflow.runtime import new_event_loop
+from eventflow.sdk.replay_hazards import warn_of_hazards
 from eventflow.server.address import PublishedAddress
 from eventflow.server.forked_children import ForkedChildren
 from eventflow.server.memory_limits import MemoryMonitor, check_limits
@@ -304,6 +305,8 @@ class ServerProcess:
             await self.app.open(store=self.settings.store, own_loop=True, logs=logs)
             self.app.store.on_failure(self._fail_stop)
             self.app.runtime.reactor.logs_received = self.settings.dev
+            if self.settings.dev:
+                warn_of_hazards(self.app.flows.values())
             await self._serve()
         finally:
             await asyncio.to_thread(logs.close)
