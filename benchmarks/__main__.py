@@ -5,6 +5,7 @@
     python -m benchmarks path     # files and function calls that one event takes, see path.py
     python -m benchmarks peers    # beside DBOS and Prefect, see peers.py
     python -m benchmarks costs    # what a filter, a key, an emit … add to a run, see costs.py
+    python -m benchmarks instructions   # machine instructions per run, see instructions.py
 
 Every sample of a side is a process of its own; the sides take turns, so that both meet the same
 machine. A figure is the median over the rounds' pairs. With --gate the exit code is 1 when a figure
@@ -22,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import compare, costs, load, path, peers
+from benchmarks import compare, costs, instructions, load, path, peers
 from benchmarks.measure import Figure, alone, shown
 
 MEASURES = (
@@ -42,6 +43,7 @@ MEASURES = (
 )
 COMMANDS = {
     "costs": costs.main,
+    "instructions": instructions.main,
     "path": path.main,
     "peers": peers.main,
 }
