@@ -17,7 +17,7 @@ from typing import Any
 from watchfiles import PythonFilter, watch
 
 from eventflow.cli.output import note
-from eventflow.core.errors import AppNotFound
+from eventflow.core.errors import AppNotFound, UsageError
 from eventflow.server.server import Settings, bind_socket
 
 RELOAD_GRACE_SECONDS = 3.0
@@ -49,12 +49,21 @@ class Reloader:
             yield_on_timeout=True,
         )
         env_version = _version_of(ENV_FILE)
-        for found in batches:
+        for found in self._readable(batches):
             changed = {os.path.relpath(path, self.folder) for _, path in found}
             if (version := _version_of(ENV_FILE)) != env_version:
                 env_version = version
                 changed.add(ENV_FILE)
             yield changed
+
+    def _readable(self, batches: Iterator[set[Any]]) -> Iterator[set[Any]]:
+        try:
+            yield from batches
+        except RuntimeError as error:  # of watchfiles: a name that is not UTF-8
+            raise UsageError(
+                f"the folder {self.folder} cannot be watched: {error}; rename that, or use "
+                "`eventflow serve`"
+            ) from None
 
     def repeat(self) -> int:
         """Run this command without `--watch`, now and after every change, until Ctrl-C. A change
@@ -113,13 +122,17 @@ def serve_with_reload(target: str, host: str, port: int, flags: list[str]) -> in
     # The child is in a session of its own: it does not get the SIGHUP of a closed terminal.
     stop_on(reloader.stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     child.start()
-    for changed in reloader.changes():
-        if changed:
-            note(f"{', '.join(sorted(changed))} changed, restarting")
-            child.stop(RELOAD_GRACE_SECONDS)
-            child.start()
-        elif (code := child.take_exit_code()) is not None:
-            _on_exit(child, code)
+    try:
+        for changed in reloader.changes():
+            if changed:
+                note(f"{', '.join(sorted(changed))} changed, restarting")
+                child.stop(RELOAD_GRACE_SECONDS)
+                child.start()
+            elif (code := child.take_exit_code()) is not None:
+                _on_exit(child, code)
+    except BaseException:  # it cannot watch: the server must not stay behind
+        child.stop(None)
+        raise
     return child.stop(None)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from eventflow.cli.root import cli, main
+from tests.conftest import wait_until
 from tests.server_process import ROOT, EventflowProcess, eventflow
 
 APP = "from eventflow import App, flow, task\n"
@@ -391,6 +392,30 @@ def test_a_setting_that_is_not_utf8_is_a_usage_error(tmp_path: Path):
     )
     assert done.returncode == 2
     assert "$EVENTFLOW_TOKEN: expected text in UTF-8" in done.stderr and "ken" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_watched_ends_dev(tmp_path: Path):
+    """`dev` in a folder with a name that is not UTF-8 says so and leaves no server behind."""
+    code = APP + "@flow\nasync def f():\n    return 7\napp = App('a')\napp.add(f)\n"
+    (tmp_path / "app.py").write_text(code)
+    folder = tmp_path / "b\udcff"
+    folder.mkdir()
+    with (tmp_path / "out").open("w") as out:
+        dev = subprocess.Popen(
+            [sys.executable, "-m", "eventflow", "dev", "app.py", "--port", "0"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        wait_until(lambda: (folder / "x").touch() or dev.poll() is not None, "dev has ended")
+    finally:
+        dev.kill()
+        dev.wait()
+    text = (tmp_path / "out").read_text()
+    assert dev.returncode == 2 and "cannot be watched" in text and "Traceback" not in text
+    assert "ready" not in text or "app.stopped" in text
 
 
 def test_a_folder_whose_name_is_not_utf8_can_hold_the_app(tmp_path: Path):
