@@ -27,7 +27,7 @@ from eventflow.logs.log import LogContext, get_logger, log_context
 from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
 from eventflow.loop.unawaited import CallSite
-from eventflow.runs.journal import Entry, Journal, Kind, is_time_limit, restart_entry
+from eventflow.runs.journal import Entry, Journal, Kind, restart_entry
 from eventflow.runs.run import NeedsAttention, Outcome, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import TaskCall
@@ -203,8 +203,9 @@ class FlowCalls(ABC):
     def set_timer(self, timer: FlowTimer) -> None:
         if self.run_end.is_open:
             again = self.pending.journal.repeated_at
-            if again and is_time_limit(timer.call_key):
-                # The flow's time is that of the values that it repeats. It may begin late.
+            if again:
+                # The flow's time is that of the values that it repeats. It may begin late. Sleeps
+                # too: a sleep within a block's timeout must keep its place before or after that.
                 again = max(again, self.run.started_at or 0)
                 timer.due = max(timer.due, again + timer.due - self.pending.now)
             self._request(timer)

@@ -141,9 +141,14 @@ def make_new(row: RunRow) -> None:
 
 
 def _renew_retries(tx: Transaction, row: RunRow, due_at: int) -> None:
-    """All retries of its flow are left again. Keeps its last error, if it has used any of them."""
+    """All retries of its flow are left again. Keeps its last error, if it has used any of them.
+
+    Of a run that was held or is dead, and has used none, the waits go on from where they were.
+    """
     asked = "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?"
     (last,) = tx.connection.execute(asked, (row.id, RETRY_NOTE)).fetchone()
+    if last is None and row.state not in (State.FAILED, State.CANCELLED):
+        return
     note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=(last or 0) + 1, due_at=due_at)
     if last is not None:
         asked = "SELECT error FROM runs WHERE id = ?"

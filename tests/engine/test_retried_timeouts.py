@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from eventflow import App, flow, task, timeout
+from eventflow import App, flow, sleep, task, timeout
 from eventflow.testing import VirtualClock, running
 from tests.conftest import eventually
 from tests.engine.test_flow_retries import WAIT, Bodies, awaits, in_state, state_of
@@ -212,3 +212,41 @@ async def test_a_block_counts_from_an_attempt_that_begins_late(tmp_path: Path) -
                 await clock.advance(2)
                 await in_state(app, number, "failed")
         await clock.advance(86_400 if life == 0 else 0)
+
+
+@pytest.mark.parametrize("ended_by", ["a cancel", "its error"])
+async def test_a_sleep_within_a_block_keeps_its_place(ended_by: str) -> None:
+    """A sleep that had not ended begins anew with the block around it: one that is longer than the
+    block's timeout does not end first, however long after the first execution the next one begins.
+    """
+    seen = Bodies()
+
+    @task
+    async def work() -> None:
+        seen.fail("work", 1 if ended_by == "its error" else 0)
+
+    async def limited() -> str:
+        try:
+            async with timeout(10):
+                await sleep(100)
+        except TimeoutError:
+            return "timeout"
+        return "slept through its timeout"
+
+    @flow
+    async def job() -> str:
+        found, _ = await asyncio.gather(limited(), work())
+        return found
+
+    app, clock = App("sleeps"), VirtualClock()
+    app.add(job)
+    async with running(app, clock=clock), asyncio.timeout(20):
+        run = await app.start(job)
+        await eventually(lambda: seen.calls, "the call is made")
+        if ended_by == "a cancel":
+            await run.cancel()
+        await in_state(app, run.number, "cancelled" if ended_by == "a cancel" else "failed")
+        await clock.advance(3600)
+        await app.store.retry(run.number)
+        await clock.advance(10)
+        assert await run.result() == "timeout"
