@@ -31,7 +31,7 @@ from eventflow.store.patterns import make_due
 from eventflow.store.protocol import Arrival
 from eventflow.store.rerun import end_wait, rerun
 from eventflow.store.retries import RETRYABLE, answer_parent, children, keep_values, make_new
-from eventflow.store.rows import RunRow
+from eventflow.store.rows import BY_A_PERSON, BY_ITS_PARENTS_CANCEL, RunRow
 from eventflow.store.transaction import Transaction
 
 _RETRY_HINT = (
@@ -112,21 +112,30 @@ def _discard_journal(tx: Transaction, run: int) -> None:
 # --------------------------------------------------------------------------- cancel
 
 
-def cancel(tx: Transaction, run: int, reason: str, *, answers_parent: bool = True) -> State:
+def cancel(
+    tx: Transaction,
+    run: int,
+    reason: str,
+    *,
+    by: int = BY_A_PERSON,
+    answers_parent: bool = True,
+) -> State:
     """Asks a run that has begun to end, and cancels any other at once; its children likewise.
     Returns the state that it was in.
 
     A run that has begun may clean up, also when it sleeps: then it is woken with the cancel in its
     journal. It gets no answer of a child that is cancelled with it: its own cancel comes first, and
     would otherwise be recorded behind the errors that are its consequences. One that was asked
-    before and does not run is cancelled at once: perhaps nothing can execute it.
+    before and does not run is cancelled at once: perhaps nothing can execute it. `by`: see
+    `RunRow.cancel_requested`; a person's cancel stays one.
     """
     row = tx.runs.need(run)
     before = row.state
     reason = KNOWN_SECRETS.remove_from(reason)
     is_asked = before is State.RUNNING or _may_clean_up(row)
+    if before.is_live and row.cancel_requested != BY_A_PERSON and (is_asked or by != BY_A_PERSON):
+        row.cancel_requested = by
     if is_asked:
-        row.cancel_requested = 1
         row.reason = reason
         if before is State.RUNNING:
             tx.runs.change(row)
@@ -142,7 +151,7 @@ def cancel(tx: Transaction, run: int, reason: str, *, answers_parent: bool = Tru
             notify_parent(tx, row, RunCancelled(reason))
     if before.is_live:
         for child, *_ in children(tx, run):
-            cancel(tx, child, reason, answers_parent=not is_asked)
+            cancel(tx, child, reason, by=BY_ITS_PARENTS_CANCEL, answers_parent=not is_asked)
     return before
 
 
@@ -160,11 +169,7 @@ def cancel_call(tx: Transaction, child: int, reason: str, caller: int) -> State:
         and (parent.awaits_retry or parent.token != caller)
     ):
         return row.state
-    before = cancel(tx, child, reason)
-    if before.is_live:
-        row.cancel_requested = caller + 1  # is_called_again
-        tx.runs.change(row)
-    return before
+    return cancel(tx, child, reason, by=caller + 1)
 
 
 def _may_clean_up(row: RunRow) -> bool:

@@ -22,7 +22,7 @@ from eventflow.runs.run import Retried, State, format_id
 from eventflow.store import rows
 from eventflow.store.late_runs import note_retry
 from eventflow.store.load import load_journal
-from eventflow.store.rows import RunRow
+from eventflow.store.rows import BY_A_PERSON, BY_ITS_PARENTS_CANCEL, RunRow
 from eventflow.store.transaction import Transaction
 
 RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD)
@@ -59,7 +59,10 @@ def _final_calls(tx: Transaction, run: int) -> set[str]:
         call_key
         for _, call_key, state, cancel_requested in children(tx, run)
         if call_key is not None
-        and (state == State.DEAD or (state == State.CANCELLED and cancel_requested < 2))
+        and (
+            state == State.DEAD
+            or (state == State.CANCELLED and cancel_requested in (0, BY_A_PERSON))
+        )
     }
 
 
@@ -73,8 +76,10 @@ def is_called_again(tx: Transaction, child: RunRow) -> bool:
     if child.state is not State.CANCELLED:
         has_failed = child.state is State.FAILED and not child.cancel_requested
         return has_failed and parent.awaits_retry
-    cancelled_by = child.cancel_requested - 1  # the token of its parent's claim; 0: a person
-    return cancelled_by > 0 and (parent.awaits_retry or parent.token != cancelled_by)
+    if child.cancel_requested == BY_ITS_PARENTS_CANCEL:
+        return not parent.cancel_requested
+    cancelled_in = child.cancel_requested - 1  # a claim of its parent; 0: by a person
+    return cancelled_in > 0 and (parent.awaits_retry or parent.token != cancelled_in)
 
 
 def execute_with_parent(tx: Transaction, child: RunRow) -> None:

@@ -245,9 +245,17 @@ def run_crc(
     return checksum(ident, flow, subscription, event, ordering_key, params)
 
 
+BY_A_PERSON = 1
+BY_ITS_PARENTS_CANCEL = -1
+"""Values of `RunRow.cancel_requested`."""
+
+
 class RunRow(msgspec.Struct, array_like=True, gc=False):
     """The columns of a run that a transaction reads and may change; the last four are written,
     never read. The defaults are those of a run that begins as it is recorded.
+
+    `cancel_requested` is 0, or who cancelled the run (retries.py): BY_A_PERSON, with its parent, or
+    1 + the token of the claim in which its parent's flow gave up the call.
     """
 
     id: int

@@ -253,6 +253,31 @@ async def test_a_cancel_comes_before_the_retry(ledger: Ledger, when: str):
     await ledger.settle(again, Cancelled("enough"))
 
 
+@pytest.mark.parametrize("again", ["retries", "by hand"])
+async def test_what_was_cancelled_with_its_parent_is_executed_with_it(ledger: Ledger, again: str):
+    """A run whose clean-up outlasts that of its cancelled parent is executed again with it, by the
+    retries of a flow above or by hand, and gives no error of the old cancel.
+    """
+    top = await ledger.running()
+    holder = await start_child(ledger, top)
+    slow = await start_child(ledger, holder, "s#1")
+    cancelled = Cancelled("given up")
+    await ledger.store.cancel(holder.id, "given up", top.token if again == "retries" else 0)
+    if again == "retries":
+        await ledger.settle(top, retried(ledger))
+        await ledger.settle(holder, cancelled, answer=error("c#1"), parent=top.id)
+        await ledger.settle(slow, cancelled, answer=error("s#1"), parent=holder.id)
+        assert (await ledger.store.run(slow.id))["reason"].startswith("retried with its parent")
+        ledger.clock.forward(WAIT)
+    else:
+        await ledger.settle(holder, cancelled, answer=error("c#1"), parent=top.id)
+        await ledger.settle(top, Failed(b"{}"))
+        await ledger.store.retry(top.id)
+        await ledger.settle(slow, cancelled, answer=error("s#1"), parent=holder.id)
+    assert {run.id for run in await ledger.claimed()} == {top.id, holder.id, slow.id}
+    assert "ERROR" not in [kind for _, kind in await kinds(ledger, holder)]
+
+
 async def test_retry_by_hand_starts_the_run_and_its_waiting_children(ledger: Ledger):
     """In the wait for its retry a run is due now, with the children that wait with it; once it is
     executed, it waits for its child and not for a retry.
