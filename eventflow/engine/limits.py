@@ -158,12 +158,14 @@ class FlowPlaces:
         return False
 
     def _admit(self, flow: str, limit: int | None) -> None:
-        waiting = self._returning.get(flow)
-        while waiting and (limit is None or self.taken[flow] + self._claimed.get(flow, 0) < limit):
+        while (waiting := self._returning.get(flow)) and (
+            limit is None or self.taken[flow] + self._claimed.get(flow, 0) < limit
+        ):
             self.taken[flow] += 1
-            waiting.popleft()()
-        if waiting is not None and not waiting:
-            del self._returning[flow]
+            give = waiting.popleft()
+            if not waiting:
+                del self._returning[flow]
+            give()  # a run that has ended meanwhile leaves the place at once: back here
 
 
 class RunCapacity:

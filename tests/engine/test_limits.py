@@ -5,7 +5,11 @@ from collections import Counter
 
 import pytest
 
+from eventflow import App, flow, sleep, task
+from eventflow.core.errors import RunCancelled
 from eventflow.engine.limits import MAX_SUSPECTS, CrashSuspectGate, FlowPlaces
+from eventflow.testing import VirtualClock, running
+from tests.conftest import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +29,41 @@ def test_a_run_that_works_again_goes_before_new_ones() -> None:
     assert not places.take("f", 2, lambda: returned.append("second"))
     places.leave("f", 2)
     assert returned == ["first", "second"] and places.free("f", 2) == 0
+
+
+async def test_a_run_that_is_cancelled_while_it_waits_for_its_place_harms_no_other() -> None:
+    """With `concurrency=1`: the place that it no longer needs goes on to the next run; the result
+    of the run that left it reaches those who wait for it.
+    """
+    go = asyncio.Event()
+    began: list[str] = []
+
+    @task
+    async def hold(name: str) -> str:
+        began.append(name)
+        await go.wait()
+        return name
+
+    @flow(concurrency=1)
+    async def one(name: str) -> str:
+        if name == "first":
+            await sleep(1)
+        return await hold(name)
+
+    app, clock = App("places"), VirtualClock()
+    app.add(one)
+    async with running(app, clock=clock), asyncio.timeout(20):
+        first = await app.start(one, name="first")
+        second = await app.start(one, name="second")
+        await eventually(lambda: began == ["second"], "the second run has the place")
+        await clock.advance(1)  # the first run waits for a place
+        third = await app.start(one, name="third")
+        await first.cancel("enough")
+        with pytest.raises(RunCancelled, match="enough"):
+            await first.result()
+        go.set()
+        assert [await run.result() for run in (second, third)] == ["second", "third"]
+        assert await app.store.check() == []
 
 
 async def test_an_exclusive_body_waits_for_its_time_and_others_do_not() -> None:
