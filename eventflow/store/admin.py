@@ -30,7 +30,14 @@ from eventflow.store.late_runs import note_retry
 from eventflow.store.patterns import make_due
 from eventflow.store.protocol import Arrival
 from eventflow.store.rerun import end_wait, rerun
-from eventflow.store.retries import RETRYABLE, answer_parent, children, keep_values, make_new
+from eventflow.store.retries import (
+    RETRYABLE,
+    answer_parent,
+    children,
+    keep_values,
+    make_new,
+    record_cancel,
+)
 from eventflow.store.rows import BY_A_PERSON, BY_ITS_PARENTS_CANCEL, RunRow
 from eventflow.store.transaction import Transaction
 
@@ -308,6 +315,11 @@ def recover(tx: Transaction, time_driven: Sequence[str] | None) -> None:
     tx.connection.execute("UPDATE ledger SET epoch = epoch + 1")
     if time_driven is not None:
         make_due(tx.connection, time_driven)
+    cancelled = tx.connection.execute(
+        f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND cancel_requested <> 0"
+    ).fetchall()
+    for (ident,) in cancelled:
+        record_cancel(tx, tx.runs.need(ident))
     crashed = tx.connection.execute(
         f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND crash_count >= ?", (MAX_CRASHES,)
     ).fetchall()

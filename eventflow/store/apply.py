@@ -47,8 +47,10 @@ from eventflow.store.protocol import (
 from eventflow.store.retries import (
     answer_parent,
     await_retry,
+    ends_before_its_parents_cancel,
     execute_with_parent,
     is_called_again,
+    record_cancel,
 )
 from eventflow.store.rows import KnownEvent, RunRow
 from eventflow.store.tables import COMPLETED, RUNNING
@@ -332,9 +334,12 @@ def _settle(tx: Transaction, op: Settle) -> Settled | Fenced:
     _end_claim(tx, row, op.outcome)
     if op.answer is None or op.parent != row.parent:
         return tx.settled
-    if op.answer.kind is Kind.ERROR and is_called_again(tx, row):
-        execute_with_parent(tx, row)
-        return tx.settled
+    if op.answer.kind is Kind.ERROR:
+        if is_called_again(tx, row):
+            execute_with_parent(tx, row)
+            return tx.settled
+        if ends_before_its_parents_cancel(tx, row):
+            return tx.settled
     return Settled(tx.commit.batch, tx.commit.at, answer_parent(tx, row, op.answer))
 
 
@@ -358,7 +363,10 @@ def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
             row.reason = KNOWN_SECRETS.remove_from(reason)
             tx.runs.move(row, State.HELD)
         case Suspended(until):
-            if row.cancel_requested or row.id in tx.journal.unseen:
+            if row.cancel_requested:
+                record_cancel(tx, row)
+                tx.runs.wake(row)
+            elif row.id in tx.journal.unseen:
                 tx.runs.wake(row)
             else:
                 row.reason = None
@@ -367,6 +375,8 @@ def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
             await_retry(tx, row, outcome)
         case Interrupted():
             row.clear_crashes()
+            if row.cancel_requested:
+                record_cancel(tx, row)
             tx.runs.wake(row)
         case Restarted(params, first):
             _restart(tx, row, params)

@@ -9,8 +9,11 @@ not wake it.
 
 from collections.abc import Collection, Sequence
 
+import orjson
+
 from eventflow.core.errors import StoreCorrupt
 from eventflow.runs.journal import (
+    CANCEL_KEY,
     RETRY_NOTE,
     RUNNING_TIME_NOTE,
     TIMEOUT_KEY,
@@ -45,6 +48,7 @@ def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
     due_at = outcome.note.due_at or 0
     if row.cancel_requested:
         row.clear_crashes()
+        record_cancel(tx, row)
         tx.runs.wake(row)
     else:
         _begin_again(tx, row, due_at, outcome.reason)
@@ -225,6 +229,31 @@ def answer_with_result(tx: Transaction, child: RunRow) -> None:
 
 
 # --------------------------------------------------------------------------- parents
+
+
+def record_cancel(tx: Transaction, row: RunRow) -> None:
+    """The claim is over in which the run was cancelled: its cancel is in the journal from now on,
+    before what it has led to, such as the errors of children that were cancelled with it.
+    """
+    if not _has_cancel(tx, row.id):
+        value = orjson.dumps(row.reason or "cancel requested")
+        tx.journal.add(row.id, Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=value))
+
+
+def _has_cancel(tx: Transaction, run: int) -> bool:
+    tx.flush()
+    asked = "SELECT 1 FROM journal WHERE run = ? AND kind = 7"
+    return tx.connection.execute(asked, (run,)).fetchone() is not None
+
+
+def ends_before_its_parents_cancel(tx: Transaction, child: RunRow) -> bool:
+    """Whether a child was cancelled with its parent, and ended before that has recorded its own
+    cancel, which comes first: it gives no answer, like a child that had not begun.
+    """
+    if child.state is not State.CANCELLED or child.cancel_requested != BY_ITS_PARENTS_CANCEL:
+        return False
+    parent = None if child.parent is None else tx.runs.get(child.parent)
+    return parent is not None and bool(parent.cancel_requested) and not _has_cancel(tx, parent.id)
 
 
 def answer_parent(tx: Transaction, child: RunRow, entry: Entry) -> Entry | None:

@@ -7,8 +7,17 @@ import asyncio
 import pytest
 
 from eventflow.core.errors import UsageError
-from eventflow.runs.journal import Entry, Kind
-from eventflow.runs.run import Completed, Failed, Run, State, Suspended
+from eventflow.runs.journal import CANCEL_KEY, Entry, Kind, retry_note
+from eventflow.runs.run import (
+    Cancelled,
+    Completed,
+    Failed,
+    Interrupted,
+    Retried,
+    Run,
+    State,
+    Suspended,
+)
 from eventflow.store.protocol import Append, Appended, Settle, Settled
 from tests.store.ledger import Ledger, RecordingWorker, Reopen, error, value
 
@@ -253,3 +262,50 @@ async def test_a_child_cannot_be_retried_while_live(ledger: Ledger):
     child = await start_child(ledger, parent)
     with pytest.raises(UsageError, match="pending"):
         await ledger.store.retry(child.id)
+
+
+async def test_a_child_that_ends_before_its_parent_records_its_cancel(ledger: Ledger):
+    """The parent gets its own cancel, and no error of the child that was cancelled with it; a retry
+    executes both again.
+    """
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    await ledger.store.cancel(parent.id, "stop")
+    await ledger.settle(child, Cancelled("stop"), answer=error("c#1"), parent=parent.id)
+    assert [entry.kind for entry in await ledger.store.load(parent.id)] == [Kind.CHILD]
+    await ledger.append(parent, Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=b'"stop"'))
+    await ledger.settle(parent, Cancelled("stop"))
+    await ledger.store.retry(parent.id)
+    assert {run.id for run in await ledger.claimed()} == {parent.id, child.id}
+
+
+@pytest.mark.parametrize("by", ["a crash", "a drain", "a suspension", "a retry"])
+async def test_a_cancel_is_recorded_before_its_consequences(
+    ledger: Ledger, reopen: Reopen, by: str
+):
+    """A running parent was cancelled, and its claim ends before it has recorded that: its next
+    execution gets the cancel, and then the error of its child that was cancelled with it.
+    """
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    await ledger.store.cancel(parent.id, "stop")
+    match by:
+        case "a crash":
+            ledger = reopen()
+        case "a drain":
+            await ledger.settle(parent, Interrupted())
+        case "a suspension":
+            await ledger.settle(parent, Suspended(None, 10**9))
+        case _:
+            note = retry_note(1, 1, 4, 10**18, b'{"type":"ValueError","message":"no"}')
+            await ledger.settle(parent, Retried(note, "attempt 1 of 4 failed"))
+    if by == "a crash":
+        claimed = {run.id: run for run in await ledger.claimed()}
+        child = claimed[child.id]
+        parent = claimed[parent.id]
+    await ledger.settle(child, Cancelled("stop"), answer=error("c#1"), parent=parent.id)
+    kinds = [entry.kind for entry in await ledger.store.load(parent.id)]
+    assert [kind for kind in kinds if kind in (Kind.CANCEL, Kind.ERROR)] == [
+        Kind.CANCEL,
+        Kind.ERROR,
+    ]
