@@ -206,7 +206,9 @@ class FlowCalls(ABC):
             if again:
                 # The flow's time is that of the values that it repeats. It may begin late. Sleeps
                 # too: a sleep within a block's timeout must keep its place before or after that.
-                again = max(again, self.run.started_at or 0)
+                started = self.run.started_at or 0
+                if started <= self.services.clock.now():  # else the wall clock was set back
+                    again = max(again, started)
                 timer.due = max(timer.due, again + timer.due - self.pending.now)
             self._request(timer)
 

@@ -250,3 +250,40 @@ async def test_a_sleep_within_a_block_keeps_its_place(ended_by: str) -> None:
         await app.store.retry(run.number)
         await clock.advance(10)
         assert await run.result() == "timeout"
+
+
+async def test_a_block_ends_although_the_clock_was_set_back(tmp_path: Path) -> None:
+    """After a start under a clock that was a year ahead, blocks of a run that is executed again
+    have their time, and not a year more.
+    """
+    seen = Bodies()
+
+    @task
+    async def fetch() -> None:
+        seen.fail("fetch", 1)
+        await asyncio.Event().wait()
+
+    @flow(retries=[WAIT])
+    async def job() -> None:
+        async with timeout(10):
+            await fetch()
+
+    @flow
+    async def other() -> None:
+        pass
+
+    for life in range(2):
+        clock = VirtualClock()
+        app = App("year")
+        app.add(job, other)
+        async with running(app, clock=clock, store=tmp_path / "y.db"), asyncio.timeout(20):
+            if life == 0:
+                await clock.advance(365 * 86_400)
+                await (await app.start(other)).result()
+                continue
+            number = (await app.start(job)).number
+            await awaits(app, number)
+            await clock.advance(WAIT)
+            await eventually(lambda: len(seen.calls) == 2, "the call is made again")
+            await clock.advance(10)
+            await in_state(app, number, "failed")
