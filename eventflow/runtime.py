@@ -207,7 +207,7 @@ class Runtime:
             del errors
             try:
                 raise error
-            finally:  # the error refers to this frame
+            finally:  # breaks a cycle: the error refers to this frame
                 del error
 
     async def _end_flows(self, grace: float) -> None:

@@ -52,7 +52,7 @@ class Secret:
         return callable(self._value)
 
     def reveal(self) -> bytes:
-        """Its bytes: those of an environment variable need not be UTF-8."""
+        """The secret's bytes; those of an environment variable need not be UTF-8."""
         value = self._value() if callable(self._value) else self._value
         return value.encode(errors="surrogateescape") if isinstance(value, str) else value
 

@@ -150,7 +150,7 @@ def _run_row(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state_detail(run: dict[str, Any]) -> str | None:
-    """The reason for the state, or when the run is due; both of one that waits for its retry."""
+    """The reason for the state, or when the run is due; both if it waits for a retry."""
     reason = run["reason"]
     due = age_text(run["due_at"]) if run["state"] in ("pending", "waiting") else None
     if due is None or not due.startswith("in "):
@@ -270,7 +270,7 @@ def show_command(ident: str | None, as_json: bool, location: LedgerLocation) -> 
     """Show a run or an event; without an ID, the last run.
 
     Of a run: its state, parameters, calls with times and errors, and result. The beginning or end
-    of the ID is enough where only one matches. Of an event: as `explain`.
+    of the ID is enough where only one matches. Of an event: the same as `explain`.
     """
     kind, found = asyncio.run(_find_run_or_event(location, ident))
     width = terminal_width()
@@ -318,8 +318,8 @@ def explain(event: str, as_json: bool, location: LedgerLocation) -> None:
     """Show the verdict on an event for every subscription.
 
     A verdict is: run started, filtered (with the condition), invalid (with the reason), paused and
-    so on. EVENT is the id in the ledger or the sender's, or what the event is about (its subject),
-    such as the name of a file or a key of Kafka.
+    so on. EVENT is the id in the ledger or the sender's, or the event's subject, such as the name
+    of a file or a Kafka key.
     """
     found = asyncio.run(_get(location, f"/api/events/{quoted(event)}"))
     write_result(found, as_json, event_text(found, terminal_width()))

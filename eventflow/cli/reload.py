@@ -61,8 +61,8 @@ class Reloader:
             yield from batches
         except RuntimeError as error:  # of watchfiles: a name that is not UTF-8
             raise UsageError(
-                f"the folder {self.folder} cannot be watched: {error}; rename that, or use "
-                "`eventflow serve`"
+                f"the folder {self.folder} cannot be watched: {error}; rename that file, or "
+                "use `eventflow serve`"
             ) from None
 
     def repeat(self) -> int:

@@ -90,7 +90,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 
 def _undecodable_text(given: Sequence[str]) -> str | None:
-    """Names the first argument, or variable of the environment that is one, that is not UTF-8.
+    """The error for the first argument, or EVENTFLOW_ variable, that is not UTF-8; else None.
 
     Python keeps such bytes as lone surrogates, which neither JSON nor the ledger can hold.
     """

@@ -206,7 +206,7 @@ def _group_rows(name: str, calls: Sequence[Mapping[str, Any]]) -> list[dict[str,
 
 
 def _failed_attempts(run: Mapping[str, Any], width: int | None) -> list[str]:
-    """The executions of the flow that failed and were followed by another one."""
+    """A table of the attempts of the flow that failed and were retried."""
     rows = [
         {
             "failed attempt": each["number"],

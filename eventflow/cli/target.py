@@ -95,7 +95,7 @@ def load_module(target: str) -> tuple[ModuleType, str | None]:
 
 
 def _note_other_env(where: str) -> None:
-    """A note if `.env` lies beside the file of the target, and none where it is looked for."""
+    """Prints a note if `.env` is beside the target's file, and not in the working directory."""
     other = Path(where).resolve().parent / ENV_FILE
     if os.path.isfile(where) and other.is_file() and not os.path.exists(ENV_FILE):
         note(f"{other} is not read: .env is read from the working directory; start there")

@@ -407,7 +407,7 @@ def error_summary(error: BaseException) -> dict[str, Any]:
 
 
 def error_text(error: BaseException) -> str:
-    """`str(error)`, also where the `__str__` of a user's error raises."""
+    """`str(error)`; a replacement text if the `__str__` of a user's error raises."""
     try:
         return str(error)
     except BaseException as broken:  # user code: the text says so
@@ -415,17 +415,17 @@ def error_text(error: BaseException) -> str:
 
 
 def error_line(error: BaseException) -> str:
-    """`Type: text`."""
+    """`TypeName: text`, in which the type has no module."""
     return f"{type(error).__name__}: {error_text(error)}"
 
 
 def value_or_none(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
     """What the call returns, or None if it raises, whatever it raises.
 
-    For user code whose exception is of no interest and does not stop the caller. Where it is of
-    interest, write `try` and `except ... as error`, and do not keep the error in another local
-    variable: it refers to the frames that it passed through and to their callers, so that each of
-    them, and what they refer to, would stay in memory until the garbage collector runs.
+    For user code whose exception is not needed and must not stop the caller. If the exception is
+    needed, write `try` and `except ... as error`, and do not keep it in another local variable: an
+    error refers to the frames that it passed through, so the error, these frames and all that they
+    refer to would stay in memory until the garbage collector runs.
     """
     try:
         return call(*args, **kwargs)

@@ -45,8 +45,9 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). `attempts` counts
     all tries: 1 means no retry. `delays` lists the delays instead: attempts = len(delays) + 1, no
     jitter. Errors of `on` are retried, except those of `give_up_on`; `Permanent` and `NotStorable`
-    never are. A group, such as a TaskGroup raises, is retried if each error in it is, after the
-    longest of their delays; and as it is, if `on` or `give_up_on` names a class of groups.
+    never are. An exception group (as raised by a TaskGroup) is retried if each error in it is,
+    after the longest of their delays; but if `on` or `give_up_on` names a class of groups, the
+    group itself is compared.
     """
 
     attempts: int = 4
@@ -93,7 +94,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
 
 
 def _own_delay(error: RetryAfter) -> float | None:
-    """None if it is of a user's class without a delay, or with one that is no duration."""
+    """Seconds; None if the error (of a user's class) has no delay, or one that is no duration."""
     return value_or_none(lambda: duration(error.delay, "RetryAfter.delay"))
 
 

@@ -131,6 +131,6 @@ def _run(future: Future[Any], call: Callable[..., Any], args: tuple[Any, ...]) -
         value = call(*args)
     except BaseException as error:  # user code: whoever waits gets it, the thread lives on
         future.set_exception(error)
-        del future  # it holds the error, which refers to this frame
+        del future  # breaks a cycle: the future holds the error, and the error this frame
     else:
         future.set_result(value)

@@ -27,13 +27,13 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
         del task
         try:
             raise error
-        finally:  # the error refers to this frame
+        finally:  # breaks a cycle: the error refers to this frame
             del error
 
 
 def _shield() -> AbstractContextManager[object]:
-    """A scope that the cancelled scopes of anyio around it do not reach. There are none in a
-    process that has not imported anyio, which takes as long as all of eventflow.
+    """A shielded cancel scope of anyio. A process that has not imported anyio has no scopes to
+    shield from, and importing anyio takes as long as importing eventflow.
     """
     anyio = sys.modules.get("anyio")
     return nullcontext() if anyio is None else anyio.CancelScope(shield=True)

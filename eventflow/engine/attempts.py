@@ -170,7 +170,7 @@ class Attempts(msgspec.Struct, eq=False):
             if isinstance(error, GeneratorExit) and not _is_running(me):
                 raise  # the loop is gone, and this coroutine is freed
             if call.thread is not None and call.handle is me:
-                call.thread = None  # its future holds the error, which refers to this frame
+                call.thread = None  # breaks a cycle: it holds the error, and the error this frame
             if call.handle is not me or not self._run_end.is_open:
                 pass  # Abandoned: cancelled by the flow or by a drain, or left behind.
             elif (
@@ -492,7 +492,7 @@ async def _thread_result(thread: ThreadFuture[Any], task: str, services: WorkerS
                 hint="a thread cannot be stopped: give its I/O a timeout of its own",
             )
         raise
-    finally:  # it holds the error, which refers to this frame
+    finally:  # breaks a cycle: it holds the error, and the error this frame
         del thread
 
 

@@ -298,7 +298,7 @@ class Execution(FlowCalls):
                 fire = partial(self._on_timer, target)
                 now = services.clock.now()
                 if not isinstance(target, TaskCall):
-                    # In the flow's time, which does not go back with the wall clock.
+                    # In the flow's time, which does not go back when the wall clock is set back.
                     now = max(now, self.pending.now)
                 delay = max(0, due - now)
                 target.handle = timer_after(services.clock, services.loop, delay, fire)

@@ -204,8 +204,9 @@ class FlowCalls(ABC):
         if self.run_end.is_open:
             again = self.pending.journal.repeated_at
             if again:
-                # The flow's time is that of the values that it repeats. It may begin late. Sleeps
-                # too: a sleep within a block's timeout must keep its place before or after that.
+                # The flow's time is still that of the recorded values: count from the start of this
+                # attempt, which may be later than its due time. Sleeps too: one within a block's
+                # timeout must stay before or after that.
                 started = self.run.started_at or 0
                 if started <= self.services.clock.now():  # else the wall clock was set back
                     again = max(again, started)

@@ -31,8 +31,8 @@ from eventflow.serialization.errors import decode_error, error_summary, raised_a
 log = get_logger("eventflow.worker")
 LOG_EVENTS = {
     "run.attempt_failed": (
-        "A run's flow raised and its `retries` are not used up; `retry_in` is the delay before the "
-        "next attempt."
+        "A run's flow raised, and its `retries` are not used up; `retry_in` is the delay before "
+        "the next attempt, in seconds."
     ),
     "run.cancelled": "A run was cancelled.",
     "run.completed": "A run ended with a result.",

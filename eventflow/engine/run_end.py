@@ -44,7 +44,7 @@ MAX_REFUSALS = 100
 """Calls that a flow may make in spite of its cancel before it is ended."""
 
 _FINAL = (RunCancelled, RunDead)
-"""Errors of a child run that its parent's retries do not execute again."""
+"""Errors of a child run after which its parent is not retried."""
 
 log = get_logger("eventflow.execution")
 
@@ -68,7 +68,7 @@ class RunEnd(msgspec.Struct, eq=False):
     unwind_rounds: int = 0
     """How often the flow's unfinished tasks were cancelled."""
     requested_cancel: str | None = None
-    """The reason of a cancel that was requested, whether or not it was delivered."""
+    """The reason of a requested cancel, whether or not the flow has received it."""
     _cancel_reason: str | None = None
     _timed_out: bool = False
     _grace_timer: Timer | None = None
@@ -177,7 +177,7 @@ class RunEnd(msgspec.Struct, eq=False):
         is_cancelled = self.is_signalled and not self._timed_out
         if retries.attempts == 1 or is_cancelled or _is_final(error):
             return Failed(record)
-        if self.requested_cancel is not None:  # it has not reached the flow
+        if self.requested_cancel is not None:  # the flow has not received it
             return Cancelled(self.requested_cancel)
         journal = self._journal
         attempt = journal.spent_retries + 1
@@ -214,7 +214,7 @@ class RunEnd(msgspec.Struct, eq=False):
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether the error is, or a group has, one that no retry of a flow may repeat."""
+    """Whether the error, or one in a group, is one after which no flow is retried."""
     if isinstance(error, BaseExceptionGroup):
         return cast("BaseExceptionGroup[BaseException]", error).subgroup(_FINAL) is not None
     return isinstance(error, _FINAL)

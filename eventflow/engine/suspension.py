@@ -60,7 +60,7 @@ class Suspension(msgspec.Struct, eq=False):
         journal = self._pending.journal
         if not waiting or (journal.unclaimed and waiting.keys() <= {TIMEOUT_KEY}):
             return EndRun(NeedsAttention(_stuck_reason(journal)))
-        # In the flow's time, which does not go back with the wall clock.
+        # In the flow's time, which does not go back when the wall clock is set back.
         now = max(self._services.clock.now(), self._pending.now)
         if len(waiting) > MAX_SCANNED and not scan_all:
             self._recheck_at(now + SECOND)
@@ -105,7 +105,7 @@ class Suspension(msgspec.Struct, eq=False):
         return self._flow.timeout_counts == "running" and self._flow.timeout is not None
 
     def begin_count(self) -> None:
-        """Counts the time in memory from now on, for a timeout that counts only that."""
+        """Starts to count the time in memory, if the flow has `timeout_counts="running"`."""
         if self._counts_running_time:
             self._counted_since = self._services.clock.monotonic()
 

@@ -100,9 +100,10 @@ class DerivedWork:
 class Posts:
     """Operations on their way to the store.
 
-    The first of a turn of the loop is posted at once: a result does not wait while user code blocks
-    the loop. While others are under way, those that follow in that turn are posted in the next, in
-    one piece: that takes the lock of the writer's queue once and wakes its thread once.
+    The first one in a turn of the loop is posted at once, so a result does not wait while user code
+    blocks the loop. While the store has not answered others, those that follow in that turn are
+    collected and posted in the next turn as one `OpList`, which takes the lock of the writer's
+    queue once and wakes its thread once.
     """
 
     __slots__ = ("_collects", "_context", "_loop", "_ops", "_replies", "_store", "_under_way")
@@ -112,7 +113,7 @@ class Posts:
         self._loop = loop
         self._context = Context()  # not that of the body or flow that posts first
         self._collects = False
-        self._under_way = 0  # pieces that the store has not answered
+        self._under_way = 0  # posted, and not answered by the store
         self._ops: list[RunOp] = []
         self._replies: list[Callable[[Any], None]] = []
 
@@ -136,7 +137,7 @@ class Posts:
         return not self._ops
 
     def flush(self) -> None:
-        """Posts what was collected."""
+        """Posts the collected operations now."""
         self._collects = False
         if not self._ops:
             return

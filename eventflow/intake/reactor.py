@@ -319,7 +319,7 @@ class Reactor:
         size: int,
         reason: str,
     ) -> list[Receipt]:
-        """`size`: bytes that wait. `reason`: why there is no room."""
+        """`size`: bytes of the waiting events. `reason`: why there is no room."""
         own = self._in_flight[trigger]
         health = self.health.get(trigger)
         own.waiting_calls += 1
@@ -387,7 +387,7 @@ class Reactor:
             self._answer(trigger, calls, error)
 
     def _post_each(self, trigger: str, calls: Sequence[AcceptedCall]) -> None:
-        """One of them cannot be applied, and must not fail the others."""
+        """Each call in its own operation: one cannot be applied, and must not fail the others."""
         for call in calls:
             self._post(trigger, [call])
 
@@ -443,8 +443,8 @@ class Reactor:
 
 
 def _merged_cursor(calls: Sequence[AcceptedCall]) -> dict[str, Json] | None:
-    """The cursor of several calls; None if a value that a later one replaces cannot be stored: the
-    call that it came with must fail.
+    """The cursor of several calls; None if a value that a later call replaces cannot be stored,
+    because the call with that value must fail.
     """
     merged: dict[str, Json] = {}
     for call in calls:

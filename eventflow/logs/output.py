@@ -340,7 +340,8 @@ def format_line(data: dict[str, Any], style: LineStyle) -> str:
         words.append((where, 36))
     if data.get("replay"):
         words.append(("(replay)", 2))
-    hidden = _HIDDEN if data.get("task") else _HIDDEN - {"attempt"}  # of a flow, a field as others
+    # The attempt of a task is in the prefix, that of a flow is a field.
+    hidden = _HIDDEN if data.get("task") else _HIDDEN - {"attempt"}
     fields = [(key, value) for key, value in data.items() if key not in hidden]
     fields.sort(key=lambda field: field[0] in _BARE)
     words += [(_field(key, value), None) for key, value in fields if value is not None]

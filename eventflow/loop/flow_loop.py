@@ -580,8 +580,8 @@ class FlowLoop(HostedLoop):
 
 
 class SteppingLoops:
-    """The FlowLoop that takes a step now, by thread. It is also the running loop, but asyncio makes
-    a system call for each look at that.
+    """The FlowLoop that executes a step now, by ident of the thread. It is also asyncio's running
+    loop, but asyncio makes a system call to look that up.
     """
 
     def __init__(self) -> None:
@@ -589,7 +589,7 @@ class SteppingLoops:
         call_in_forked_children(self.forget)
 
     def forget(self) -> None:
-        """A forked child takes no steps, although it is forked in one."""
+        """A forked child executes no step, even if it was forked in one."""
         self.by_thread.clear()
 
 

@@ -336,7 +336,7 @@ class Binder:
         return arguments
 
     def _read_record(self, fields: dict[str, Any]) -> msgspec.Struct:
-        """As `_convert_record`, from JSON: a `msgspec.Raw` is a piece of its text."""
+        """As `_convert_record`, but from JSON text, of which a `msgspec.Raw` is a part."""
         try:
             return _json_reader(self._record)(orjson.dumps(fields))
         except msgspec.ValidationError as error:

@@ -114,10 +114,11 @@ RERUN_NOTE = "@rerun"
 """
 
 RETRY_NOTE = "@retry"
-"""Call key of a note: another execution of the flow from recorded values is due at `due_at`, from
-where its timeouts count. The one before failed with `error`, the attempt-th of the run; the value
-is `{"attempt", "attempts"}`, counted since the last note without a value: all retries are left
-then, because a person, or the parent, retried the run.
+"""Call key of a note: the flow is executed again from its recorded values. `due_at` is when, and
+the start of its timeouts; `error` is that of the execution before, which was number `attempt` of
+the run. The value is `{"attempt", "attempts"}`: how many attempts have failed, of how many, since
+the last note without a value. A note has no value if a person, or the parent, retried the run: then
+all retries are left.
 """
 
 CANCEL_KEY = "@cancel"
@@ -137,15 +138,15 @@ def rerun_entry(run: str, call: str, seed: str) -> Entry:
 
 
 def is_time_limit(timer: str) -> bool:
-    """Whether the timer with this call key limits how long something may take: any but a sleep's
-    (loop/flow_loop.py names them).
+    """Whether the timer with this call key is that of a timeout: any other than a sleep's
+    (loop/flow_loop.py makes these names).
     """
     return timer.rpartition("/")[2].partition("#")[0] != "sleep"
 
 
 def retry_note(number: int, attempt: int, attempts: int, due_at: int, error: bytes) -> Entry:
-    """The note of a failed execution, the `number`-th of the run, after which another one is due:
-    `attempt` of `attempts` has failed.
+    """The note (RETRY_NOTE) of failed execution `number` of the run: `attempt` of `attempts`, after
+    which the next one is due at `due_at` (microseconds).
     """
     value = msgspec.json.encode({"attempt": attempt, "attempts": attempts})
     note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=number, due_at=due_at)
@@ -252,12 +253,12 @@ class Journal:
 
     @property
     def running_time(self) -> int:
-        """Microseconds in memory before the last suspension, for timeouts that count only these."""
+        """Microseconds in memory before the last suspension, for `timeout_counts="running"`."""
         return 0 if self.running_time_note is None else self.running_time_note.due_at or 0
 
     @property
     def spent_retries(self) -> int:
-        """Failed executions of the flow since the start, or the last retry by hand."""
+        """Failed attempts of the flow since the start, or since the last retry by hand."""
         note = self.retry_note
         return (
             0 if note is None or note.value is None else msgspec.json.decode(note.value)["attempt"]
@@ -265,7 +266,7 @@ class Journal:
 
     @property
     def repeated_at(self) -> int:
-        """When the last execution from recorded values was due; 0 for the first execution."""
+        """When the current execution was due, if it is a retry (microseconds); otherwise 0."""
         note = self.retry_note
         return 0 if note is None else note.due_at or note.at
 

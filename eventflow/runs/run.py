@@ -153,11 +153,11 @@ class Restarted(msgspec.Struct, frozen=True):
 
 
 class Retried(msgspec.Struct, frozen=True):
-    """The flow raised, and its `retries` allow another execution: the run waits until
-    `note.due_at`, with its recorded values and without its errors.
+    """The flow raised, and its `retries` allow another attempt: the run waits until `note.due_at`,
+    with its recorded values and without its errors.
 
-    `note` is the entry of the failed execution (journal.RETRY_NOTE); `reason` says it to people
-    while the run waits.
+    `note` is the entry of the failed attempt (journal.RETRY_NOTE); `reason` is the text that people
+    see while the run waits.
     """
 
     note: Entry

@@ -176,7 +176,7 @@ class Openable(Protocol):
 
 opened_app: ContextVar[Openable | None] = ContextVar("eventflow_opened_app", default=None)
 """The App that was opened last in this context, such as by `async with app:` around the code. It
-may be closed since.
+may have been closed since then.
 """
 
 
@@ -435,10 +435,10 @@ def flow(
 
     - `timeout`: seconds that a run may take from its first start, waits included; with
       `timeout_counts="running"`, without the time in which it is suspended. `grace`: seconds for
-      `finally` blocks after a cancel or a timeout. With `retries`, both are those of one attempt.
+      `finally` blocks after a cancel or a timeout. With `retries`, both limit one attempt.
     - `retries`: a `Retry`, a number of retries, or a list of delays; default: none. A run that
-      fails waits for the delay and is executed again as `eventflow retry` does it: recorded values
-      stay, what failed is called again, once the retries of its task are used up.
+      fails waits for the delay and is executed again as by `eventflow retry`: recorded values are
+      kept, and calls that failed (after all retries of their task) are made again.
     - `concurrency`: the number of its runs that work at once; the others wait. A run whose every
       branch waits (a sleep, a retry, a child run) does not count. `priority`: runs
       with a higher one start first, within this flow.

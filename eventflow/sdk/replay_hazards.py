@@ -1,9 +1,10 @@
 """Reads of the wall clock and of random numbers in the body of a flow, which differ in a replay.
 
-`eventflow dev` calls `warn_of_hazards` at its start, so that a newcomer hears of them before the
-first crash. They are found in the bytecode, by the names that the module of the flow gives them.
-Not found are those behind other functions, objects, and imports inside of the body; a replay
-compares the arguments of calls in any case. A comment `# replay: ok` on the line silences it.
+`eventflow dev` calls `warn_of_hazards` at its start, so that users see them before the first crash.
+They are found in the bytecode, by the global names of the flow's module. Reads in other functions
+that the flow calls, through objects, and of modules that the body imports are not found; a replay
+compares the arguments of calls in any case. A comment `# replay: ok` on the line silences the
+warning.
 """
 
 import dis
@@ -40,7 +41,7 @@ _HAZARDS: Mapping[str, str] = {
     "uuid.uuid1": _RANDOM,
     "uuid.uuid4": _RANDOM,
 }
-"""By name, what to write instead; so are all functions of `random` and `secrets`."""
+"""By name, what to write instead. All functions of `random` and `secrets` count as `_RANDOM`."""
 
 
 class Hazard(NamedTuple):
@@ -66,7 +67,7 @@ def warn_of_hazards(flows: Iterable[Flow[..., Any]]) -> None:
 
 
 def find_hazards(fn: Callable[..., Any]) -> list[Hazard]:
-    """The places in the body of a function and of those nested in it, each once."""
+    """The hazards in the body of a function and in functions nested in it, each place once."""
     function = inspect.unwrap(fn)
     code = getattr(function, "__code__", None)
     if code is None:
@@ -107,7 +108,7 @@ def _owner_name(found: ModuleType | type) -> str:
 
 
 def _function_name(found: Any) -> str | None:
-    """`random.random` for what `from random import random` gave; None for what is no function."""
+    """`random.random` for the object of `from random import random`; None for other objects."""
     if not inspect.isroutine(found):
         return None
     function = cast(Any, found)

@@ -308,8 +308,8 @@ def _add_models(value: Any, found: list[Any]) -> None:
 
 
 class _WithUnset(msgspec.Struct):
-    """A typed value, and which fields of its models are set; None for a model with the same ones
-    as the value that is read from the JSON.
+    """A typed value, and per model the names of its set fields; None for a model whose set fields
+    are those that reading the JSON gives.
     """
 
     set: list[list[str] | None]
@@ -320,8 +320,8 @@ _UNSET_READER = msgspec.json.Decoder(_WithUnset)
 
 
 def _copy_fields_set(value: Any, back: Any) -> list[list[str] | None]:
-    """Makes the fields of `back` set that are set in `value`. Returns what was changed; empty if
-    the two do not have the same models.
+    """Marks the fields of the models in `back` as set that are set in `value`. Returns, per model,
+    the names that were copied (None: nothing to copy); empty if the two differ in their models.
     """
     models = _models_in(value)
     others = _models_in(back)

@@ -312,7 +312,7 @@ _FRAME = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
 
 
 def error_summary(fields: Mapping[str, Any]) -> str:
-    """`ValueError: message` of a recorded error, in one line of the log."""
+    """`ValueError: message` of a recorded error, for one line of the log."""
     return f"{fields.get('type')}: {fields.get('message')}".removeprefix("builtins:")
 
 

@@ -458,7 +458,7 @@ class _Shape:
 
 @lru_cache(maxsize=1024)
 def shape_of(kind: type[Any]) -> _Shape | None:
-    """The state of the instances of a class of records; None for other classes."""
+    """The fields of a class of records (Structs, dataclasses, models); None for other classes."""
     if hasattr(kind, "__pydantic_fields_set__"):
         return _Shape(kind, tuple(cast(Any, kind).model_fields))
     names: Any = getattr(kind, "__struct_fields__", None)

@@ -1,7 +1,7 @@
-"""What a child that user code forks must not share with the server process that server.py runs.
+"""Closes, in children that user code forks, what belongs to the server process (server.py).
 
-A child lives on when the server is killed. If it kept the port, the next server could not listen; a
-connection that it kept would stay open at the other side.
+A child may outlive a killed server. If it kept the port, the next server could not listen; a
+connection that it kept would stay open for the other side.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class ForkedChildren:
         call_in_forked_children(self._after_fork)
 
     async def _create_connection(self, *args: Any, **options: Any) -> Any:
-        """The loop's method, which remembers the socket. No loop lists its connections."""
+        """The loop's method; keeps the socket too, because a loop does not list its connections."""
         transport, protocol = await self._connect(*args, **options)
         self._outgoing = [each for each in self._outgoing if each.fileno() >= 0]
         self._outgoing.append(transport.get_extra_info("socket"))

@@ -85,7 +85,7 @@ class Watchdog:
         self._stall_timeout = stall_timeout
         self._on_fault = on_fault
         self._blocked_since: float | None = None  # all threads of plain bodies
-        self._transaction: float | None = None  # the one under way: when it began, by the clock
+        self._transaction: float | None = None  # when the current one began, by the clock
         self._transaction_since: float = 0.0
         self._probes = {name: LoopProbe(loop, thread) for name, (loop, thread) in loops.items()}
         self._stopping = threading.Event()
@@ -112,8 +112,8 @@ class Watchdog:
         while not self._stopping.wait(CHECK_INTERVAL_SECONDS):
             passed = self._clock.monotonic() - last
             last += passed
-            # Much more than was asked for: the whole process was stopped (SIGSTOP, a suspended
-            # machine), and nothing in it is to blame.
+            # Much longer than requested: the whole process was stopped (SIGSTOP, a suspended
+            # machine), which is no fault of a loop or thread.
             is_late = passed > CHECK_INTERVAL_SECONDS + WARN_AFTER_SECONDS / 2
             now += CHECK_INTERVAL_SECONDS if is_late else passed
             for name, probe in self._probes.items():

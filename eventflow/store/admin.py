@@ -164,8 +164,8 @@ def cancel(
 
 def cancel_call(tx: Transaction, child: int, reason: str, caller: int) -> State:
     """`cancel` for a flow that gave up its call of a child, in the claim with the token `caller`.
-    Nothing, if that execution is over and the next one makes the call again: the flow, or a flow
-    above it, has retries, or a person retried one of them.
+    Does nothing if that execution has ended and the next one makes the call again: the flow, or a
+    flow above it, has retries, or a person retried one of them.
     """
     row = tx.runs.need(child)
     parent = None if row.parent is None else tx.runs.get(row.parent)

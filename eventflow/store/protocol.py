@@ -486,7 +486,7 @@ class Store(Protocol):
         CANCELLED now, with an ERROR entry for a parent. Returns the state that the run was in.
 
         `caller`: the token of the claim in which a flow gave up its call of this child; 0 for a
-        person. Nothing happens if that execution is over and the next one makes the call again.
+        person. Nothing happens if that execution has ended and the next one makes the call again.
         """
         ...
 

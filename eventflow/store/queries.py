@@ -35,7 +35,7 @@ MAX_SCANNED_EVENTS = 50_000
 """Of the index, that one query for past events reads."""
 
 MAX_NAMED_EVENTS = 20_000
-"""Of the newest events, that are searched for a subject: it has no index."""
+"""How many of the newest events are searched for a subject, which has no index."""
 
 BRIEF_BYTES = 200
 """Of a run's parameters, in a list."""
@@ -298,7 +298,7 @@ def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
 
 
 def _find_by_subject(connection: sqlite3.Connection, name: str) -> list[int]:
-    """The newest events about this, such as a key of Kafka or the path of a file, or its name."""
+    """The newest events whose subject, or its last part as a path, is `name`; at most four."""
     query = f"""
         SELECT id FROM (SELECT id, subject FROM events ORDER BY id DESC LIMIT {MAX_NAMED_EVENTS})
         WHERE subject = ?1 OR substr(subject, -length(?1) - 1) = '/' || ?1

@@ -36,9 +36,9 @@ MAX_NAMED_CALLS = 10
 def end_wait(tx: Transaction, row: RunRow) -> None:
     """Makes a WAITING run's next attempts due now, and the run PENDING.
 
-    Only waits of retries end, not sleeps or waits for a child run. A run that awaits its own retry
-    is due now with its children that do. Raises UsageError, which names the wait, if nothing of the
-    run waits for a retry.
+    Only waits for retries end, not sleeps or waits for a child run. If the run awaits a retry of
+    its flow, it is due now, and so are those of its children that await one. Raises UsageError,
+    which names the wait, if nothing in the run waits for a retry.
     """
     if row.awaits_retry:
         entries = load_journal(tx.connection, row.id)
@@ -57,7 +57,7 @@ def end_wait(tx: Transaction, row: RunRow) -> None:
 
 
 def _make_due(tx: Transaction, row: RunRow, entries: Sequence[Entry]) -> None:
-    """What these entries wait for is due now."""
+    """Sets the due time of these entries to now."""
     for entry in entries:
         entry.due_at = tx.commit.now
         tx.connection.execute(

@@ -1,10 +1,10 @@
-"""A run is executed again with its recorded values: after its end, by hand, or instead of its end,
-as the `retries=` of its flow say.
+"""Executes a run again with its recorded values: by hand after its end, or automatically by the
+`retries=` of its flow.
 
-apply.py and admin.py call these functions in the writer's thread. Values stay, errors become
-CLEARED, and the children whose errors were cleared are executed again too. A run between two
-executions has a reason (`RunRow.awaits_retry`): answers that come in meanwhile are recorded, and do
-not wake it.
+apply.py and admin.py call these functions in the writer's thread. Values are kept, errors become
+CLEARED, and the children whose errors were cleared are executed again too. A run that waits for its
+next execution has a reason (`RunRow.awaits_retry`): answers of its children are recorded meanwhile,
+and do not wake it.
 """
 
 from collections.abc import Collection, Sequence
@@ -35,8 +35,8 @@ RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD
 
 
 def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
-    """The run's execution failed, and another one is due at `outcome.note.due_at`: its children
-    that have failed are due then too. A cancel that was requested meanwhile comes first.
+    """Makes a run whose execution failed wait until `outcome.note.due_at`, and its failed children
+    with it. If a cancel was requested meanwhile, the run is due now, with the cancel.
     """
     tx.journal.add(row.id, outcome.note)
     tx.flush()
@@ -58,7 +58,7 @@ def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
 
 
 def _final_calls(tx: Transaction, run: int) -> set[str]:
-    """The calls of children that a person cancelled, or that are dead: no retry executes them."""
+    """The calls of children that are dead or that a person cancelled: no retry repeats them."""
     return {
         call_key
         for _, call_key, state, cancel_requested in children(tx, run)
@@ -71,8 +71,8 @@ def _final_calls(tx: Transaction, run: int) -> set[str]:
 
 
 def is_called_again(tx: Transaction, child: RunRow) -> bool:
-    """Whether a child that has failed or was cancelled is executed again and gives no answer: the
-    execution of its parent that this concerns is over, and the next one makes the call again.
+    """Whether a child that failed or was cancelled is executed again, and gives no answer: the
+    execution of its parent that called it has ended, and the next one makes the call again.
     """
     parent = None if child.parent is None else tx.runs.get(child.parent)
     if parent is None or child.parent_call_key is None or not parent.state.is_live:
@@ -87,7 +87,7 @@ def is_called_again(tx: Transaction, child: RunRow) -> bool:
 
 
 def execute_with_parent(tx: Transaction, child: RunRow) -> None:
-    """A child has ended that `is_called_again`: it is due when its parent is."""
+    """Makes an ended child that `is_called_again` due when its parent is."""
     parent = tx.runs.need(child.parent or 0)
     tx.flush()
     _retry_with_parent(tx, child, parent.due_at if parent.awaits_retry else 0)
@@ -113,9 +113,9 @@ def _hold(tx: Transaction, row: RunRow, error: StoreCorrupt) -> None:
 
 
 def keep_values(tx: Transaction, row: RunRow, due_at: int = 0, reason: str | None = None) -> None:
-    """The run is due again with its recorded values and without its errors: now, or at `due_at`,
-    which it awaits for this reason. So are its children whose errors were cleared: it calls them
-    again. What the transaction has decided about journals must be written.
+    """Makes the run due again with its recorded values and without its errors: now, or at `due_at`
+    (microseconds), until when it waits for `reason`. So are its children whose errors were cleared,
+    because it calls them again. The caller has flushed the transaction's journal entries.
     """
     was_cancelled = row.state is State.CANCELLED
     if not row.state.is_live:
@@ -142,7 +142,7 @@ def _begin_again(tx: Transaction, row: RunRow, due_at: int, reason: str | None) 
 
 
 def make_new(row: RunRow) -> None:
-    """Nothing of an execution is left in the row; the run's timeout counts from its next start."""
+    """Clears what executions left in the row; the run's timeout counts from its next start."""
     row.clear_crashes()
     row.cancel_requested = 0
     row.started_at = None
@@ -150,9 +150,9 @@ def make_new(row: RunRow) -> None:
 
 
 def _renew_retries(tx: Transaction, row: RunRow, due_at: int) -> None:
-    """All retries of its flow are left again. Keeps its last error, if it has used any of them.
+    """Gives the run all retries of its flow again. Keeps its last error, if it has used any.
 
-    Of a run that was held or is dead, and has used none, the waits go on from where they were.
+    A run that was held or is dead, and has used none, continues its waits where they were.
     """
     asked = "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?"
     (last,) = tx.connection.execute(asked, (row.id, RETRY_NOTE)).fetchone()
@@ -211,14 +211,14 @@ def _last_timeouts(entries: Sequence[Entry]) -> list[str]:
 
 
 def children(tx: Transaction, run: int) -> list[tuple[int, str | None, int, int]]:
-    """The child runs of a run, as written: id, call key, state, `cancel_requested`."""
+    """The child runs of a run, as in the database: id, call key, state, `cancel_requested`."""
     return tx.connection.execute(
         "SELECT id, parent_call_key, state, cancel_requested FROM runs WHERE parent = ?", (run,)
     ).fetchall()
 
 
 def answer_with_result(tx: Transaction, child: RunRow) -> None:
-    """A child was retried and completed while its parent still had the old error."""
+    """Answers with the result of a child that was retried while its parent had the old error."""
     result, codec = tx.connection.execute(
         "SELECT result, codec FROM runs WHERE id = ?", (child.id,)
     ).fetchone()

@@ -275,6 +275,9 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
     crash_suspect: int = 0
     crash_count: int = 0
     cancel_requested: int = 0
+    """0: no; 1: by a person, or with its parent; n + 1: its parent gave up the call, in the claim
+    with token n.
+    """
     reason: str | None = None
     deliveries: int = 1
     result: bytes | None = None
@@ -292,7 +295,7 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
         )
 
     def end_wait(self) -> None:
-        """The run is claimed: it awaits no retry, also when this claim is interrupted."""
+        """For a claim: the run awaits no retry any more, even if the claim is interrupted."""
         if not self.cancel_requested:
             self.reason = None
 

@@ -297,7 +297,7 @@ class SqliteStore:
         self._open_writer().post(QueuedOperation(op, partial(_resolve, done), loop))
         try:
             return await done
-        finally:  # its error refers to this frame
+        finally:  # breaks a cycle: the future holds the error, and the error this frame
             del done
 
     async def _transact(self, verb: Callable[..., T], *args: Any, **options: Any) -> T:

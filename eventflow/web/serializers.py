@@ -75,8 +75,8 @@ def event_details(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def verdict(stored: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """A verdict on one delivery. `outcome`: run, batched, paused (with a run and its state),
-    filtered, waiting, expired, matched, invalid, dead, outbox. Of a run that waits for a retry
-    of its flow also the `reason`, and when it is due.
+    filtered, waiting, expired, matched, invalid, dead, outbox. For a run that waits for a retry
+    of its flow also `reason` and `due_at`.
     """
     subscription, outcome, detail = stored
     shown: dict[str, Any] = {"subscription": subscription, "outcome": outcome}
@@ -175,7 +175,7 @@ def _elapsed(start: int | None, end: int | None) -> float | None:
 
 
 def _reason(text: str | None, limit: int) -> str | None:
-    """It may quote the error of an attempt."""
+    """The reason of a run, redacted, because it may quote an error; at most `limit` characters."""
     return cut(_redacted(text), limit)
 
 
@@ -229,14 +229,14 @@ def _repeated(journal: Iterable[Entry]) -> dict[str, Any]:
 
 
 def _awaits_retry(row: Mapping[str, Any]) -> bool:
-    """Whether the run waits for the next attempt of its flow: only then has the wait a reason."""
+    """Whether the run waits for the next attempt of its flow: only such a wait has a reason."""
     return row["state"] == "waiting" and row["reason"] is not None
 
 
 def _retries(row: Mapping[str, Any], journal: Iterable[Entry]) -> dict[str, Any]:
-    """`failed_attempts`: the executions of the flow that failed, by what is recorded of them.
-    `retry`: the attempt that is next or under way, of how many, and when it is due; None if no
-    attempt has failed since the start or the last retry by hand, and of a run that has ended.
+    """`failed_attempts`: number, time and error of the attempts of the flow that failed.
+    `retry`: the attempt that is next or under way, how many there are, and when it is due; None if
+    no attempt has failed since the start or the last retry by hand, and for a run that has ended.
     """
     failed: list[dict[str, Any]] = []
     retry: dict[str, Any] | None = None

@@ -38,8 +38,8 @@ IDS_PER_PART = 256
 
 
 class RecentIds:
-    """The last ids, as 64-bit digests, with 32 bits of their contents, in parts of IDS_PER_PART:
-    `drift:k/N`. `drift:i/N` has the ids alone, as an earlier version wrote them.
+    """The last ids, as 64-bit digests, each with a 32-bit digest of its content, in parts of
+    IDS_PER_PART: cursor keys `drift:k/N`. Keys `drift:i/N`, of an earlier version, have only ids.
     """
 
     def __init__(self, limit: int, parts: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ class RecentIds:
         self._removed: list[int] = []
 
     def add(self, event: Event) -> "Novelty":
-        """Adds the id of an event, if it is new."""
+        """Adds the id of an event, if it is new; what was known of the event before."""
         ident = blake2b(f"{event.source}\0{event.id}".encode(), digest_size=8).hexdigest()
         content = _content_digest(event)
         known = self._contents.get(ident)
@@ -106,7 +106,7 @@ UNKNOWN_CONTENT = "--------"
 
 
 def _content_digest(event: Event) -> str:
-    """Of type and data, whatever the order of keys."""
+    """Digest of type and data, which does not depend on the order of keys (8 hex digits)."""
     data = event.data
     try:
         body = data if isinstance(data, bytes) else orjson.dumps(data, option=_SORTED)
@@ -149,7 +149,7 @@ class CountingIntake:
     """The monitor's side of its source, for one `listen`.
 
     `remembered_ids`: how many event ids are known. `record`: events are also recorded.
-    `repeats_may_differ`: of the source; else a known id with other content is a dead letter.
+    `repeats_may_differ`: the source's; if false, a known id with other content is a dead letter.
     """
 
     def __init__(
@@ -367,11 +367,11 @@ class CountingIntake:
 
 
 def _conflicting(event: Event) -> Undecodable:
-    """What is kept of an event whose id was counted with other content."""
+    """The dead letter of an event whose id was counted with other content."""
     return Undecodable(
         id=event.id,
         source=event.source,
         body=event.to_json(),
-        error="its id is known with other content: that came first and was counted",
+        error="its id is known with other content, which came first and was counted",
         type=event.type,
     )

@@ -115,7 +115,7 @@ class DirectoryContext:
             return cast(T, value)
         try:
             raise error
-        finally:  # it refers to this frame
+        finally:  # breaks a cycle: the error refers to this frame
             del error
 
     def observe(
@@ -133,7 +133,7 @@ class DirectoryContext:
 def _value_or_error(
     call: Callable[..., T], args: tuple[Any, ...]
 ) -> tuple[T | None, BaseException | None]:
-    """An error as a value: one that passes through anyio stays in a frame that it refers to."""
+    """Returns an error as a value: anyio would keep a raised one in a frame that it refers to."""
     try:
         return call(*args), None
     except BaseException as error:  # raised again by the caller

@@ -186,7 +186,7 @@ class Listener:
         if identity is None:
             is_there = await self._context.run_blocking(os.path.lexists, self._context.tree.root)
             self._on_root_missing(
-                "it is no directory that can be read" if is_there else "it is not there"
+                "it is not a readable directory" if is_there else "it does not exist"
             )
             return
         is_unwatched = (

@@ -31,7 +31,7 @@ from triggers._files.tree import Tree
 LOG_EVENTS = {
     "file.moved": (
         "A file whose runs have ended was moved to the folder `to`, below its relative path; "
-        "debug if they completed, unless it could not be moved before."
+        "debug if they completed, unless an earlier try failed."
     ),
     "file.outcome_unknown": (
         "The ledger no longer has the runs of a file; the file stays where it is."
@@ -42,7 +42,7 @@ CHECK_INTERVAL_SECONDS = 0.5
 """Between two questions about the files that await an outcome."""
 
 MAX_RETRY_SECONDS = 60.0
-"""Between two tries to move a file; the first pause is CHECK_INTERVAL_SECONDS."""
+"""Longest pause between two tries to move a file; the first is CHECK_INTERVAL_SECONDS."""
 
 FILES_PER_CHECK = 500
 
@@ -68,7 +68,7 @@ class AwaitedFile:
 
 
 class FailedMove:
-    """A file that could not be moved, or deleted. `retry_at`: monotonic."""
+    """A file that could not be moved or deleted. `retry_at`: the next try, in monotonic seconds."""
 
     __slots__ = ("_backoff", "reason", "retry_at")
 
@@ -78,7 +78,7 @@ class FailedMove:
         self.reason: str = ""
 
     def note(self, reason: str, now: float) -> bool:
-        """Whether the reason is another one than before."""
+        """Records a failed try and sets the time of the next one; whether the reason is new."""
         self.retry_at = now + next(self._backoff)
         is_new = reason != self.reason
         self.reason = reason
