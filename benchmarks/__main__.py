@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import compare, costs, instructions, load, path, peers
-from benchmarks.measure import Figure, alone, shown
+from benchmarks.measure import Figure, alone, format_number
 
 MEASURES = (
     "W1",
@@ -107,7 +107,9 @@ def row(name: str, figure: Figure, samples: Samples) -> bool:
         figure.floor,
         figure.goal,
     )
-    mine, its, found, *bounds = ("-" if number is None else shown(number) for number in numbers)
+    mine, its, found, *bounds = (
+        "-" if number is None else format_number(number) for number in numbers
+    )
     unit = f" {figure.unit}"
     its = its if its == "-" else its + unit
     print(

@@ -169,7 +169,7 @@ async def cpu_per_event(cost: Cost, events: int) -> float:
                 opened = ours.Ours(app, await trigger.opened)
                 given = load.bodies(events)
                 began = time.process_time()
-                await hand_in(opened.accept, given)
+                await submit(opened.accept, given)
                 await load.settle(opened.count, events * cost.runs_per_event, 0.01)
                 if cost.is_sent:
                     await load.settle(lambda: sent(sink), events, 0.01)
@@ -186,7 +186,7 @@ async def sent(sink: CountingSink) -> int:
     return sink.sent
 
 
-async def hand_in(accept: Callable[..., Awaitable[Any]], given: Sequence[bytes]) -> None:
+async def submit(accept: Callable[..., Awaitable[Any]], given: Sequence[bytes]) -> None:
     """Batches of 100, four under way: few enough that none waits for room in the ledger."""
     chunks = iter([given[start : start + 100] for start in range(0, len(given), 100)])
 

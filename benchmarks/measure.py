@@ -27,7 +27,7 @@ def alone(ours: float, _: float) -> float:
     return ours
 
 
-def shown(number: float) -> str:
+def format_number(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 

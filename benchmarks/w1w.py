@@ -19,7 +19,7 @@ WAITS = {"turn": 0.0, "sleep": 0.001}
 """Seconds, by figure."""
 
 
-def measured(seconds: float) -> Any:
+def waiting_flow(seconds: float) -> Any:
     """A flow whose task waits once."""
 
     @task
@@ -37,7 +37,7 @@ def measured(seconds: float) -> Any:
 async def eventflow(quick: bool) -> dict[str, float]:
     events = 3_000 if quick else 15_000
     return {
-        key: await ours.throughput("batch", events, measured(seconds))
+        key: await ours.throughput("batch", events, waiting_flow(seconds))
         for key, seconds in WAITS.items()
     }
 

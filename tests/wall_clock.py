@@ -16,14 +16,14 @@ needs_faketime = pytest.mark.skipif(
 )
 
 
-def at(moment: str) -> Mapping[str, str]:
+def starting_at(moment: str) -> Mapping[str, str]:
     """The environment of a process that begins at `@2026-10-24 23:59:57` (UTC), or whose clock is
     so far from the machine's: `+0`, `-1h`, `+1y`.
     """
     return {**_preloaded(), "FAKETIME": moment}
 
 
-def steered_by(file: Path) -> Mapping[str, str]:
+def offset_from(file: Path) -> Mapping[str, str]:
     """The environment of a process whose clock is as far from the machine's as the file says, which
     may change at any time.
     """

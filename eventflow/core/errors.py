@@ -380,7 +380,7 @@ class StoreFull(StoreError):
         self.disk = disk
         self.closing = closing
 
-    def again(self) -> "StoreFull":
+    def copy(self) -> "StoreFull":
         """An equal error to raise, where this one is kept: a raised error refers to its frames."""
         return StoreFull(str(self), self.retry_after, disk=self.disk, closing=self.closing)
 

@@ -158,7 +158,7 @@ class LateRunMonitor:
         for after, runs in found.runs.items():
             for first in range(0, len(runs), RECORD_BATCH_SIZE):
                 if (full := self._store.capacity()) is not None:
-                    raise full.again()
+                    raise full.copy()
                 batch = runs[first : first + RECORD_BATCH_SIZE]
                 recorded = await self._store.record_late_runs(batch, after)
                 log.info("late_runs.recorded", runs=recorded, after=in_seconds(after))

@@ -302,9 +302,9 @@ class WorkerServices:
         if (remove := self.checkpoints.forget(run, call_key)) is not None:
             self.loop.run_in_executor(None, remove)
 
-    def cancel_child(self, started: Entry, reason: str, caller: int) -> None:
-        """Cancels the child run that `started` records. May be called in a flow's step. `caller`:
-        the token of the claim that gave the call up (`Store.cancel`).
+    def cancel_child(self, started: Entry, reason: str, caller_token: int) -> None:
+        """Cancels the child run that `started` records. May be called in a flow's step.
+        `caller_token`: that of the claim in which the flow gave up the call (`Store.cancel`).
         """
-        work = self.store.cancel(int(started.value or b"0"), reason, caller)
+        work = self.store.cancel(int(started.value or b"0"), reason, caller_token)
         self.loop.call_soon(self.spawn, work, context=Context())  # not in the flow's context

@@ -439,7 +439,7 @@ class Reactor:
                     1.0,
                 )
         if (full := self.store.capacity()) is not None:
-            raise full.again()
+            raise full.copy()
 
 
 def _merged_cursor(calls: Sequence[AcceptedCall]) -> dict[str, Json] | None:

@@ -26,7 +26,7 @@ LOG_EVENTS = {
     ),
 }
 
-SILENCED = "replay: ok"
+SILENCING_COMMENT = "replay: ok"
 
 _CLOCK = "current_run().now"
 _RANDOM = "current_run().random"
@@ -48,7 +48,7 @@ class Hazard(NamedTuple):
     """`name`: such as `datetime.datetime.now`. `instead`: what to write. `at`: file and line."""
 
     name: str
-    instead: str
+    replacement: str
     at: str
 
 
@@ -61,8 +61,8 @@ def warn_of_hazards(flows: Iterable[Flow[..., Any]]) -> None:
                 flow=flow.name,
                 call=hazard.name,
                 at=hazard.at,
-                hint=f"it differs in a replay: write {hazard.instead}, or call it in a task; "
-                f"# {SILENCED} on the line silences this",
+                hint=f"it differs in a replay: write {hazard.replacement}, or call it in a task; "
+                f"# {SILENCING_COMMENT} on the line silences this",
             )
 
 
@@ -90,11 +90,11 @@ def _hazards_in(code: CodeType, names: Mapping[str, Any]) -> Iterator[Hazard]:
         else:
             found = None
             continue
-        instead = None if name is None else _instead_of(name)
+        instead = None if name is None else _replacement_for(name)
         if name is None or instead is None:
             continue
         line = (step.positions and step.positions.lineno) or code.co_firstlineno
-        if SILENCED not in linecache.getline(code.co_filename, line):
+        if SILENCING_COMMENT not in linecache.getline(code.co_filename, line):
             yield Hazard(name, instead, format_location(code.co_filename, line))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -119,7 +119,7 @@ def _function_name(found: Any) -> str | None:
     return f"{module}.{function.__name__}"
 
 
-def _instead_of(name: str) -> str | None:
+def _replacement_for(name: str) -> str | None:
     module, _, function = name.partition(".")
     if module in ("random", "secrets") and function.islower() and function != "seed":
         return _RANDOM

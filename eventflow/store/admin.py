@@ -34,9 +34,9 @@ from eventflow.store.retries import (
     RETRYABLE,
     answer_parent,
     children,
-    keep_values,
-    make_new,
+    clear_execution,
     record_cancel,
+    retry_with_values,
 )
 from eventflow.store.rows import BY_A_PERSON, BY_ITS_PARENTS_CANCEL, RunRow
 from eventflow.store.transaction import Transaction
@@ -93,12 +93,12 @@ def retry_from(tx: Transaction, run: int, call: str, new: int) -> Callable[[], R
 
 def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> None:
     if not discard_journal:
-        keep_values(tx, row)
+        retry_with_values(tx, row)
         return
     if not row.state.is_live:
         note_retry(tx, row.id)
     _discard_journal(tx, row.id)
-    make_new(row)
+    clear_execution(row)
     tx.runs.wake(row)
 
 
@@ -133,8 +133,8 @@ def cancel(
     A run that has begun may clean up, also when it sleeps: then it is woken with the cancel in its
     journal. It gets no answer of a child that is cancelled with it: its own cancel comes first, and
     would otherwise be recorded behind the errors that are its consequences. One that was asked
-    before and does not run is cancelled at once: perhaps nothing can execute it. `by`: see
-    `RunRow.cancel_requested`; a person's cancel stays one.
+    before and does not run is cancelled at once: perhaps nothing can execute it. `by`: as in
+    `RunRow.cancel_requested`; it does not replace a person's cancel.
     """
     row = tx.runs.need(run)
     before = row.state
@@ -162,10 +162,10 @@ def cancel(
     return before
 
 
-def cancel_call(tx: Transaction, child: int, reason: str, caller: int) -> State:
-    """`cancel` for a flow that gave up its call of a child, in the claim with the token `caller`.
-    Does nothing if that execution has ended and the next one makes the call again: the flow, or a
-    flow above it, has retries, or a person retried one of them.
+def cancel_call(tx: Transaction, child: int, reason: str, caller_token: int) -> State:
+    """`cancel` for a flow that gave up its call of a child; `caller_token` is that of the flow's
+    claim. Does nothing if that execution has ended and the next one makes the call again: the flow,
+    or a flow above it, has retries, or a person retried one of them.
     """
     row = tx.runs.need(child)
     parent = None if row.parent is None else tx.runs.get(row.parent)
@@ -173,10 +173,10 @@ def cancel_call(tx: Transaction, child: int, reason: str, caller: int) -> State:
         parent is not None
         and parent.state.is_live
         and row.parent_call_key is not None
-        and (parent.awaits_retry or parent.token != caller)
+        and (parent.awaits_retry or parent.token != caller_token)
     ):
         return row.state
-    return cancel(tx, child, reason, by=caller + 1)
+    return cancel(tx, child, reason, by=caller_token + 1)
 
 
 def _may_clean_up(row: RunRow) -> bool:

@@ -128,7 +128,7 @@ def _start(tx: Transaction, chosen: Sequence[int]) -> list[Run]:
     for row in rows:
         row.token += 1
         row.started_at = row.started_at or tx.commit.at
-        row.end_wait()
+        row.clear_wait_reason()
         tx.runs.move(row, State.RUNNING)
     runs = tx.runs.load(rows)
     tx.flush()

@@ -479,13 +479,13 @@ class Store(Protocol):
         """
         ...
 
-    async def cancel(self, run: int, reason: str, caller: int = 0) -> State:
+    async def cancel(self, run: int, reason: str, caller_token: int = 0) -> State:
         """A run that has begun is asked to end, live children too: RUNNING → `cancel_requested`,
         and the worker gets it by `RunReceiver.receive_runs`; WAITING, PENDING → PENDING, due now,
         with the cancel in its journal. PAUSED, HELD, not begun, or asked before and not RUNNING →
         CANCELLED now, with an ERROR entry for a parent. Returns the state that the run was in.
 
-        `caller`: the token of the claim in which a flow gave up its call of this child; 0 for a
+        `caller_token`: that of the claim in which a flow gave up its call of this child; 0 for a
         person. Nothing happens if that execution has ended and the next one makes the call again.
         """
         ...

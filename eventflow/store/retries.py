@@ -51,7 +51,7 @@ def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
         record_cancel(tx, row)
         tx.runs.wake(row)
     else:
-        _begin_again(tx, row, due_at, outcome.reason)
+        _make_due(tx, row, due_at, outcome.reason)
     for child, call_key, _, _ in children(tx, row.id):
         if call_key in cleared:
             _retry_with_parent(tx, tx.runs.need(child), due_at)
@@ -82,7 +82,7 @@ def is_called_again(tx: Transaction, child: RunRow) -> bool:
         return has_failed and parent.awaits_retry
     if child.cancel_requested == BY_ITS_PARENTS_CANCEL:
         return not parent.cancel_requested
-    cancelled_in = child.cancel_requested - 1  # a claim of its parent; 0: by a person
+    cancelled_in = child.cancel_requested - 1  # the token of a claim of its parent; 0: a person
     return cancelled_in > 0 and (parent.awaits_retry or parent.token != cancelled_in)
 
 
@@ -99,7 +99,7 @@ def _retry_with_parent(tx: Transaction, child: RunRow, due_at: int) -> None:
     elif child.state in RETRYABLE:
         try:
             parent = format_id(child.parent or 0)
-            keep_values(tx, child, due_at, f"retried with its parent {parent}")
+            retry_with_values(tx, child, due_at, f"retried with its parent {parent}")
         except StoreCorrupt as error:  # others share the transaction
             _hold(tx, child, error)
 
@@ -112,7 +112,9 @@ def _hold(tx: Transaction, row: RunRow, error: StoreCorrupt) -> None:
 # --------------------------------------------------------------------------- any retry
 
 
-def keep_values(tx: Transaction, row: RunRow, due_at: int = 0, reason: str | None = None) -> None:
+def retry_with_values(
+    tx: Transaction, row: RunRow, due_at: int = 0, reason: str | None = None
+) -> None:
     """Makes the run due again with its recorded values and without its errors: now, or at `due_at`
     (microseconds), until when it waits for `reason`. So are its children whose errors were cleared,
     because it calls them again. The caller has flushed the transaction's journal entries.
@@ -122,18 +124,18 @@ def keep_values(tx: Transaction, row: RunRow, due_at: int = 0, reason: str | Non
         note_retry(tx, row.id)
     cleared = _clear_errors(tx, row.id, has_failed=row.state is State.FAILED)
     _renew_retries(tx, row, max(due_at, tx.commit.now))
-    _begin_again(tx, row, due_at, reason)
+    _make_due(tx, row, due_at, reason)
     for child, call_key, state, _ in children(tx, row.id):
         # A child that was cancelled with its running parent has left no error there.
         was_cancelled_too = was_cancelled and state == State.CANCELLED
         if (call_key in cleared or was_cancelled_too) and state in RETRYABLE:
-            keep_values(tx, tx.runs.need(child), due_at, reason)
+            retry_with_values(tx, tx.runs.need(child), due_at, reason)
         elif call_key in cleared and state == State.COMPLETED:
             answer_with_result(tx, tx.runs.need(child))
 
 
-def _begin_again(tx: Transaction, row: RunRow, due_at: int, reason: str | None) -> None:
-    make_new(row)
+def _make_due(tx: Transaction, row: RunRow, due_at: int, reason: str | None) -> None:
+    clear_execution(row)
     row.reason = reason
     if due_at > tx.commit.now:
         tx.runs.sleep(row, due_at)
@@ -141,7 +143,7 @@ def _begin_again(tx: Transaction, row: RunRow, due_at: int, reason: str | None) 
         tx.runs.wake(row)
 
 
-def make_new(row: RunRow) -> None:
+def clear_execution(row: RunRow) -> None:
     """Clears what executions left in the row; the run's timeout counts from its next start."""
     row.clear_crashes()
     row.cancel_requested = 0
@@ -232,8 +234,8 @@ def answer_with_result(tx: Transaction, child: RunRow) -> None:
 
 
 def record_cancel(tx: Transaction, row: RunRow) -> None:
-    """The claim is over in which the run was cancelled: its cancel is in the journal from now on,
-    before what it has led to, such as the errors of children that were cancelled with it.
+    """Writes the cancel of a run into its journal, when the claim in which it was cancelled has
+    ended: before the consequences, such as the errors of children that were cancelled with it.
     """
     if not _has_cancel(tx, row.id):
         value = orjson.dumps(row.reason or "cancel requested")
@@ -247,8 +249,8 @@ def _has_cancel(tx: Transaction, run: int) -> bool:
 
 
 def ends_before_its_parents_cancel(tx: Transaction, child: RunRow) -> bool:
-    """Whether a child was cancelled with its parent, and ended before that has recorded its own
-    cancel, which comes first: it gives no answer, like a child that had not begun.
+    """Whether a child was cancelled with its parent, and has ended before the parent's cancel is
+    recorded. That cancel comes first, so the child gives no answer, like one that had not begun.
     """
     if child.state is not State.CANCELLED or child.cancel_requested != BY_ITS_PARENTS_CANCEL:
         return False

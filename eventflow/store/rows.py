@@ -254,8 +254,8 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
     """The columns of a run that a transaction reads and may change; the last four are written,
     never read. The defaults are those of a run that begins as it is recorded.
 
-    `cancel_requested` is 0, or who cancelled the run (retries.py): BY_A_PERSON, with its parent, or
-    1 + the token of the claim in which its parent's flow gave up the call.
+    `cancel_requested` is 0 or says who cancelled the run: BY_A_PERSON, BY_ITS_PARENTS_CANCEL, or
+    1 + the token of the claim in which its parent's flow gave up the call. retries.py uses it.
     """
 
     id: int
@@ -275,9 +275,6 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
     crash_suspect: int = 0
     crash_count: int = 0
     cancel_requested: int = 0
-    """0: no; 1: by a person, or with its parent; n + 1: its parent gave up the call, in the claim
-    with token n.
-    """
     reason: str | None = None
     deliveries: int = 1
     result: bytes | None = None
@@ -294,7 +291,7 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
             and not self.cancel_requested
         )
 
-    def end_wait(self) -> None:
+    def clear_wait_reason(self) -> None:
         """For a claim: the run awaits no retry any more, even if the claim is interrupted."""
         if not self.cancel_requested:
             self.reason = None

@@ -373,9 +373,9 @@ class SqliteStore:
     async def retry_from(self, run: int, call: str, new: int) -> Run:
         return cast(Run, await self._transact(admin.retry_from, run, call, new))
 
-    async def cancel(self, run: int, reason: str, caller: int = 0) -> State:
-        if caller:
-            return await self._transact(admin.cancel_call, run, reason, caller)
+    async def cancel(self, run: int, reason: str, caller_token: int = 0) -> State:
+        if caller_token:
+            return await self._transact(admin.cancel_call, run, reason, caller_token)
         return await self._transact(admin.cancel, run, reason)
 
     async def set_paused(self, trigger: str, paused: bool) -> None:

@@ -491,7 +491,7 @@ class RunRows:
             for run in self.load(ready):
                 row = self.need(run.id)
                 if self._offer(run, 0):
-                    row.end_wait()
+                    row.clear_wait_reason()
                     row.state = State.RUNNING
                     row.token = run.token
                     row.started_at = run.started_at

@@ -1,5 +1,5 @@
-"""A server whose wall clock jumps, between two processes and within one: nothing ends early, what
-has begun in the new time is on time, and nothing that lives is removed.
+"""A server whose wall clock jumps, between two processes and within one: nothing ends early, new
+work is on time, and nothing that is still needed is removed.
 """
 
 import time
@@ -134,9 +134,9 @@ for each in (*flows, makes):
 YEARS = 3 * 365 * 86_400.0
 
 
-class Lives:
-    """The servers of one folder, one after another, each with another hash seed. `ids`: of the
-    runs, in the order of their starts.
+class ServerSequence:
+    """The servers of one folder, one after another, each with another hash seed. `ids`: those of
+    the runs, in the order of their starts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,16 +144,16 @@ class Lives:
         (folder / "clocks.py").write_text(APP)
         self.ids: list[str] = []
         self._sent = 0
-        self._lives = 0
+        self._served = 0
         self._works = 0
 
     def serve(self, **env: str):
-        self._lives += 1
+        self._served += 1
         return serving(
             self.folder,
             *("--log", "json", "--grace", "1"),
             file="clocks.py",
-            env={"PYTHONHASHSEED": str(self._lives), **env},
+            env={"PYTHONHASHSEED": str(self._served), **env},
         )
 
     def start(self, server: EventflowProcess, flow: str, **params: Any) -> str:
@@ -170,11 +170,11 @@ class Lives:
         self.ids.append(run["id"])
         return run["id"]
 
-    def work_is_on_time(
+    def check_new_work(
         self, server: EventflowProcess, jump: Callable[[], object] | None = None
     ) -> None:
-        """New work of each kind: no wait ends early, none ends much later, and ids rise. `jump`
-        sets the clock while it is under way; a window then goes by the wall clock.
+        """New work of each kind: no wait ends early, none ends much later, and ids increase. `jump`
+        sets the clock meanwhile; windows are left out then, because they use the wall clock.
         """
         began = time.monotonic()
         self._works += 1
@@ -236,35 +236,35 @@ def states(server: EventflowProcess, runs: Mapping[str, str]) -> dict[str, str]:
 def test_a_restart_under_another_clock(tmp_path: Path, jump: str, end: str) -> None:
     """A server is stopped or killed, started with its clock set back or forward, and again with the
     right one. What waits ends when the wall clock says so, and not before; new work of each kind
-    takes its time; ids rise; retention removes what is old, and nothing that lives.
+    takes its time; ids increase; retention removes what is old, and nothing that is still needed.
     """
-    lives = Lives(tmp_path)
-    with lives.serve(**wall_clock.at("+0")) as server:
-        done = [lives.post(server, "quick") for _ in range(3)]
+    servers = ServerSequence(tmp_path)
+    with servers.serve(**wall_clock.starting_at("+0")) as server:
+        done = [servers.post(server, "quick") for _ in range(3)]
         short = {
-            "sleeps long": lives.start(server, "naps", seconds=90.0),
-            "sleeps short": lives.start(server, "naps_later", seconds=50.0),
-            "waits for its child": lives.start(server, "has_child", seconds=80.0),
-            "waits for an attempt": lives.start(server, "retries", key="late", seconds=90.0),
-            "gathers": lives.post(server, "gathers"),
+            "sleeps long": servers.start(server, "naps", seconds=90.0),
+            "sleeps short": servers.start(server, "naps_later", seconds=50.0),
+            "waits for its child": servers.start(server, "has_child", seconds=80.0),
+            "waits for an attempt": servers.start(server, "retries", key="late", seconds=90.0),
+            "gathers": servers.post(server, "gathers"),
         }
-        alive = {"sleeps for years": lives.start(server, "naps", seconds=YEARS)}
+        alive = {"sleeps for years": servers.start(server, "naps", seconds=YEARS)}
         assert server.send("bad", {"id": "bad", "n": "no number"}, "quick")[0] == 202
-        server.wait_for(lives.start(server, "makes"), "completed")
+        server.wait_for(servers.start(server, "makes"), "completed")
         for run in done:
             server.wait_for(run, "completed")
         wait_until(lambda: "waiting" in states(server, alive).values(), "it has left memory")
         wait_until((tmp_path / "failed-late").exists, "the first attempt has failed")
-        lives.work_is_on_time(server)
-        wait_until(lambda: lives.tick(server)[1], "the schedule fires")
-        _, fired = lives.tick(server)
+        servers.check_new_work(server)
+        wait_until(lambda: servers.tick(server)[1], "the schedule fires")
+        _, fired = servers.tick(server)
         if end == "stopped":
             assert server.stop() == 0
         server.kill()
-    with lives.serve(**wall_clock.at(jump)) as server:
-        lives.work_is_on_time(server)
+    with servers.serve(**wall_clock.starting_at(jump)) as server:
+        servers.check_new_work(server)
         if jump == "+1y":
-            fresh = lives.tick(server)[1][: -len(fired)]
+            fresh = servers.tick(server)[1][: -len(fired)]
             skips = [
                 server.get(f"/api/events/{each['id']}")["event"].get("skipped", 0) for each in fresh
             ]
@@ -280,7 +280,7 @@ def test_a_restart_under_another_clock(tmp_path: Path, jump: str, end: str) -> N
             )
         else:
             assert set(states(server, short).values()) <= set(UNDER_WAY)
-            condition, all_fired = lives.tick(server)
+            condition, all_fired = servers.tick(server)
             assert condition and "the clock is behind" in condition
             assert len(all_fired) - len(fired) <= 2  # fired before its end
         assert states(server, alive) == {"sleeps for years": "waiting"}
@@ -288,11 +288,11 @@ def test_a_restart_under_another_clock(tmp_path: Path, jump: str, end: str) -> N
         assert "no number" in str(server.get(f"/api/dead-letters/{letter['id']}"))
         assert not (tmp_path / "sent.txt").exists()
         server.kill()
-    with lives.serve(**wall_clock.at("+0"), SINK="works") as server:
-        lives.work_is_on_time(server)
+    with servers.serve(**wall_clock.starting_at("+0"), SINK="works") as server:
+        servers.check_new_work(server)
         wait_until((tmp_path / "sent.txt").exists, "the message is sent")
         assert states(server, alive) == {"sleeps for years": "waiting"}
-        run = lives.start(server, "naps_later", seconds=100.0)
+        run = servers.start(server, "naps_later", seconds=100.0)
         due = datetime.fromisoformat(server.wait_for(run, "waiting")["due_at"])
         assert abs(due - datetime.now(UTC) - timedelta(seconds=100)) < timedelta(seconds=30)
         assert server.get("/api/counts")["conflicts"] == 0
@@ -306,20 +306,20 @@ def test_a_clock_that_is_set_under_a_server(tmp_path: Path, jump: str) -> None:
     the process go by the monotonic clock, the server stays ready, and a run that has left memory is
     due by the wall clock.
     """
-    lives = Lives(tmp_path)
+    servers = ServerSequence(tmp_path)
     clock = tmp_path / "clock"
     clock.write_text("+0")
-    with lives.serve(**wall_clock.steered_by(clock)) as server:
-        asleep = {"sleeps long": lives.start(server, "naps", seconds=90.0)}
+    with servers.serve(**wall_clock.offset_from(clock)) as server:
+        asleep = {"sleeps long": servers.start(server, "naps", seconds=90.0)}
         wait_until(lambda: "waiting" in states(server, asleep).values(), "it has left memory")
-        lives.work_is_on_time(server, lambda: clock.write_text(jump))
-        lives.work_is_on_time(server)
+        servers.check_new_work(server, lambda: clock.write_text(jump))
+        servers.check_new_work(server)
         if jump == "+1y":
             wait_until(
                 lambda: "completed" in states(server, asleep).values(), "it is due", within=40
             )
-        lives.work_is_on_time(server, lambda: clock.write_text("+0"))
-        lives.work_is_on_time(server)
+        servers.check_new_work(server, lambda: clock.write_text("+0"))
+        servers.check_new_work(server)
         if jump == "-1h":
             assert states(server, asleep) == {"sleeps long": "waiting"}
         assert '"server.failed"' not in server.log

@@ -195,9 +195,9 @@ def test_t2_t8_a_night_under_another_clock(ticks: Ticks):
     def ids(server: Server) -> list[str]:
         return [event["event_id"] for event in events(server, "night")]
 
-    server = ticks.boot("night", **wall_clock.at("@2026-10-24 23:59:57"))
+    server = ticks.boot("night", **wall_clock.starting_at("@2026-10-24 23:59:57"))
     wait_until(lambda: ids(server) == ["night@2026-10-25T00:00:00Z"], "the first 02:00 has fired")
-    server = ticks.boot("night", **wall_clock.at("@2026-10-25 00:59:57"))
+    server = ticks.boot("night", **wall_clock.starting_at("@2026-10-25 00:59:57"))
     both = [f"night@2026-10-25T{utc}Z" for utc in ("00:00:00", "00:30:00", "01:00:00")]
     wait_until(lambda: ids(server) == both, "02:30, late, and the second 02:00 have fired")
     fired = [extensions(server, event) for event in events(server, "night")]
@@ -207,6 +207,6 @@ def test_t2_t8_a_night_under_another_clock(ticks: Ticks):
         "02:00:00+01:00",
     ]
     assert [each.get("catchup", False) for each in fired] == [False, True, False]
-    server = ticks.boot("night", **wall_clock.at("@2026-10-24 23:59:57"))
+    server = ticks.boot("night", **wall_clock.starting_at("@2026-10-24 23:59:57"))
     wait_until(lambda: len(events(server, "probe3")) >= 6, "the clock has passed 00:00 again")
     assert ids(server) == both and server.get("/api/counts")["duplicates"] == 0

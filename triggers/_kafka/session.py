@@ -238,7 +238,7 @@ class Session(ConsumerRebalanceListener):
         except StoreFull as full:  # nothing was recorded
             if full.closing:
                 raise
-            self._on_store_full(full.again())
+            self._on_store_full(full.copy())
             return
         finally:
             self._not_recording.set()

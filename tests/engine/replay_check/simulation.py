@@ -463,7 +463,7 @@ class Simulation:
             parent.due = self.time
         return True
 
-    async def cancel(self, run: int, reason: str, caller: int = 0) -> State:
+    async def cancel(self, run: int, reason: str, caller_token: int = 0) -> State:
         row = self.rows[run]
         before = row.state
         if before is State.RUNNING:
