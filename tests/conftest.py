@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-DEADLINE = 20.0
+DEADLINE = 40.0
 """Seconds a wait may take: generous, because the machine may be slow; a test that passes never
 waits this long.
 """

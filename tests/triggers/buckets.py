@@ -27,7 +27,7 @@ class Landing(ObservedTrigger):
     def keys(self) -> list[str]:
         return [event.data["key"] for event in self.events]
 
-    async def has(self, *keys: str, within: float = 20.0) -> None:
+    async def has(self, *keys: str, within: float = 40.0) -> None:
         """Waits until exactly these keys are events, as often as they are named."""
         await eventually(
             lambda: sorted(self.keys) == sorted(keys), f"{sorted(keys)} are events", within=within

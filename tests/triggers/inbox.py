@@ -40,7 +40,7 @@ class Inbox(ObservedTrigger):
         path.write_text(text)
         return path
 
-    async def has(self, *names: str, kind: str = "", within: float = 20.0) -> None:
+    async def has(self, *names: str, kind: str = "", within: float = 40.0) -> None:
         """Waits until exactly these files are events."""
         await eventually(
             lambda: self.names(kind) == sorted(names), f"{sorted(names)} are events", within=within
