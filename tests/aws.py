@@ -127,8 +127,8 @@ class Bucket:
         return self.aws.s3.get_object(Bucket=self.name, Key=key)["Body"].read()
 
     def is_past(self, key: str) -> bool:
-        """Whether the server's clock is in a later second than the version of a key: on some
-        servers a listing stamps whole seconds, and the next version would look the same.
+        """Whether the server's clock has left the second in which a key's version was written. Some
+        servers list times in whole seconds, so that the next version would look the same.
         """
         found = self.aws.s3.head_object(Bucket=self.name, Key=key)
         now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])

@@ -71,7 +71,7 @@ async def comes_true(
     within: float,
     poll: float = POLL_SECONDS,
 ) -> bool:
-    """`eventually` for those who go on either way: whether it was true within so many seconds."""
+    """Like `eventually`, but returns whether the predicate became true within so many seconds."""
     deadline = time.monotonic() + within
     while True:
         answer = predicate()

@@ -50,7 +50,7 @@ class Rule:
     after: float = 0.0
     hits: int = 0
     answered: int = 0
-    """Answers of the server that wait in the proxy, or are through."""
+    """Answers of the server that wait in the proxy or have passed it."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""What a piece of work leaves to the garbage collector, for tests.
+"""Finds the errors that a piece of work leaves to the garbage collector.
 
 An error in a local variable of a frame that its traceback refers to, or of a caller of that frame,
-is a reference cycle: it stays, with everything in those frames, until the collector runs.
+is in a reference cycle: it stays, with everything in those frames, until the collector runs.
 """
 
 import gc

@@ -1,5 +1,5 @@
-"""The commands of benchmarks/ that compare and bound speed: what they print without the network,
-and what their gates accept.
+"""The commands of benchmarks/ that compare and bound speed: their output without the network, and
+which figures pass their gates.
 """
 
 import subprocess
@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_peers_that_are_not_installed_are_rows_with_a_reason(tmp_path: Path):
-    """`python -m benchmarks peers` gives eventflow's and the limit loop's values, and says of each
-    peer that it cannot run and why, when its environment is missing and must not be made.
+    """`python -m benchmarks peers --no-install` prints the values of eventflow and of the limit
+    loop, and for each peer that it cannot run, with the reason.
     """
     environment = tmp_path / "peers"
     options = ["--quick", "--rounds", "1", "--no-install", "--environment", str(environment)]

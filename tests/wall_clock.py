@@ -1,4 +1,6 @@
-"""Server processes under another wall clock: Debian's libfaketime. Their monotonic clock stays."""
+"""Environments of server processes with another wall clock, by libfaketime. The monotonic clock is
+unchanged.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +19,15 @@ needs_faketime = pytest.mark.skipif(
 
 
 def starting_at(moment: str) -> Mapping[str, str]:
-    """The environment of a process that begins at `@2026-10-24 23:59:57` (UTC), or whose clock is
-    so far from the machine's: `+0`, `-1h`, `+1y`.
+    """The environment of a process whose clock starts at a UTC time (`@2026-10-24 23:59:57`), or
+    has an offset from the machine's (`+0`, `-1h`, `+1y`).
     """
     return {**_preloaded(), "FAKETIME": moment}
 
 
 def offset_from(file: Path) -> Mapping[str, str]:
-    """The environment of a process whose clock is as far from the machine's as the file says, which
-    may change at any time.
+    """The environment of a process whose clock has the offset in the file, which may change at any
+    time.
     """
     return {**_preloaded(), "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1"}
 

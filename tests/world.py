@@ -288,7 +288,7 @@ class Ledger:
         return {run}.union(*map(self.family, below))
 
     def has_above(self, run: int, flow: str) -> bool:
-        """Whether a run of this flow is above it."""
+        """Whether a run of this flow is an ancestor of the run."""
         row = self.runs.get(run)
         parent = None if row is None else self.runs.get(row["parent"])
         return parent is not None and (parent["flow"] == flow or self.has_above(parent["id"], flow))

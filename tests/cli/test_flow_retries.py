@@ -1,4 +1,4 @@
-"""What people and programs see of a run that waits for a retry of its flow."""
+"""What the API and the commands show of a run that waits for a retry of its flow."""
 
 import re
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def shop(tmp_path: Path) -> Iterator[EventflowProcess]:
 
 
 def _waiting(shop: EventflowProcess, attempt: int) -> dict[str, Any]:
-    """The run, once it waits after this many attempts."""
+    """The run, when it waits after this many attempts."""
     found: dict[str, Any] = {}
 
     def is_waiting() -> bool:
@@ -98,7 +98,7 @@ def test_every_view_names_the_next_attempt_and_the_reason(shop: EventflowProcess
 
 
 def test_a_waiting_run_is_cancelled_by_hand(shop: EventflowProcess):
-    """`eventflow cancel` ends the wait, and the child's."""
+    """`eventflow cancel` ends the wait of the run, and that of its child."""
     eventflow(shop.folder, "emit", "order.placed", "-d", '{"n": 2}')
     run = _waiting(shop, 2)
     _text(shop, "cancel", run["id"], "-m", "enough")

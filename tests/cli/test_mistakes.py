@@ -369,7 +369,7 @@ NOT_UTF8: dict[str, list[str]] = {
 def test_an_argument_that_is_not_utf8_is_a_usage_error(
     case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Whichever command gets it: exit 2, and one line that names the argument."""
+    """Every command ends with exit code 2 and one line that names the argument."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(NOT_UTF8[case])
@@ -381,7 +381,7 @@ def test_an_argument_that_is_not_utf8_is_a_usage_error(
 
 
 def test_a_setting_that_is_not_utf8_is_a_usage_error(tmp_path: Path):
-    """A variable of the environment is named, without its value, which may be a token."""
+    """The error names the environment variable, without its value, which may be a token."""
     done = subprocess.run(
         [sys.executable, "-m", "eventflow", "ls"],
         cwd=tmp_path,
@@ -395,7 +395,9 @@ def test_a_setting_that_is_not_utf8_is_a_usage_error(tmp_path: Path):
 
 
 def test_a_folder_that_cannot_be_watched_ends_dev(tmp_path: Path):
-    """`dev` in a folder with a name that is not UTF-8 says so and leaves no server behind."""
+    """`dev` in a folder with a name that is not UTF-8 ends with an error and leaves no server
+    behind.
+    """
     code = APP + "@flow\nasync def f():\n    return 7\napp = App('a')\napp.add(f)\n"
     (tmp_path / "app.py").write_text(code)
     folder = tmp_path / "b\udcff"
@@ -419,7 +421,7 @@ def test_a_folder_that_cannot_be_watched_ends_dev(tmp_path: Path):
 
 
 def test_a_folder_whose_name_is_not_utf8_can_hold_the_app(tmp_path: Path):
-    """What no argument names may have any name: the working directory."""
+    """The working directory may have any name, because no argument contains it."""
     folder = tmp_path / "b\udcff"
     folder.mkdir()
     code = APP + "@flow\nasync def f():\n    return 7\napp = App('a')\napp.add(f)\n"

@@ -1,5 +1,5 @@
-"""kill -9 while runs fail and wait for the retries of their flow: in the wait, around the commit
-that begins it, and as they become due.
+"""kill -9 while runs fail and wait for the retries of their flow: during the wait, around the
+commit that begins it, and when they become due.
 """
 
 import random
@@ -63,9 +63,9 @@ LIVES = 8
 
 
 def test_p4_p6_row_1_retries_of_a_flow_survive_kill_9(tmp_path: Path):
-    """Whatever was killed when: each run fails twice, is never executed again before the recorded
-    time, in whichever process, and completes with its third attempt; what its child and it had
-    recorded stays.
+    """Whenever the process is killed, each run fails twice, is never executed again before the
+    recorded time, and completes with its third attempt; values that it and its child recorded are
+    kept.
     """
     (tmp_path / "kills.py").write_text(APP)
     draw = random.Random(7)
@@ -85,7 +85,7 @@ def test_p4_p6_row_1_retries_of_a_flow_survive_kill_9(tmp_path: Path):
 
 
 def _start(server: EventflowProcess, started: dict[str, int], upto: int) -> None:
-    """Starts runs until there are so many, or the server is gone."""
+    """Starts runs until there are `upto`, or the server is gone."""
     try:
         for n in range(len(started), upto):
             started[server.start("order", n=n)] = n

@@ -33,13 +33,13 @@ WAIT = 30.0
 
 
 class Bodies:
-    """What the bodies of a test did, in order."""
+    """Records the calls of a test's bodies, in order."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
 
     def fail(self, name: str, times: int, error: BaseException | None = None) -> int:
-        """Notes a call; raises in the first so many calls of the name. Returns their number."""
+        """Records a call and returns its number by name; raises in the first `times` calls."""
         self.calls.append(name)
         count = self.calls.count(name)
         if count <= times:
@@ -52,7 +52,7 @@ async def state_of(app: App, number: int) -> str:
 
 
 async def awaits(app: App, number: int, reason: str = "attempt ") -> None:
-    """The run waits for a retry, and says so."""
+    """Waits until the run waits for a retry, with a reason that begins so."""
 
     async def found() -> bool:
         row = await app.store.run(number)
@@ -81,8 +81,8 @@ async def child_of(app: App, parent: int, flow_name: str) -> int:
 
 
 async def test_a_failed_run_is_executed_again_from_its_recorded_values() -> None:
-    """Each failed execution waits for its delay, never less; recorded values are not computed
-    again; the run completes with the first execution that succeeds, counted once.
+    """Each failed attempt is followed by its whole delay; recorded values are not computed again;
+    the run completes with the first attempt that succeeds, and is counted once.
     """
     seen = Bodies()
     keys: set[str] = set()
@@ -125,8 +125,9 @@ async def test_a_failed_run_is_executed_again_from_its_recorded_values() -> None
 
 
 async def test_the_last_failure_ends_the_run_and_is_reported_once() -> None:
-    """Until the last attempt there is no event, no error line and no hook of a failure: a warning
-    with attempt, delay and error, and `on_retry`. Then all that a failed run has, once.
+    """Before the last attempt there is no event, no error line and no `on_failure`, only `on_retry`
+    and a warning with attempt, delay and error. The last failure is reported in each of these ways,
+    once.
     """
     hooks: list[tuple[str, str, object]] = []
     events: list[str] = []
@@ -175,7 +176,7 @@ class Refused(Exception):
 
 
 class Busy(RetryAfter):
-    """A RetryAfter whose constructor forgot that of its base."""
+    """A RetryAfter whose constructor does not call that of its base."""
 
     def __init__(self, who: str) -> None:  # pyright: ignore[reportMissingSuperCall]
         self.who = who
@@ -220,8 +221,8 @@ def _group(*errors: Exception) -> ExceptionGroup[Exception]:
 async def test_retries_mean_what_they_mean_on_a_task(
     retries: Any, error: Exception, attempts: int, by: str
 ) -> None:
-    """`retries=` takes the same values, and `on`, `give_up_on`, Permanent and RetryAfter decide as
-    for a task, whether a task or the flow's own code raised.
+    """`retries=` takes the same values as on a task, and `on`, `give_up_on`, Permanent and
+    RetryAfter have the same effect, whether a task or the flow's own code raised.
     """
     made: list[int] = []
 
@@ -246,7 +247,7 @@ async def test_retries_mean_what_they_mean_on_a_task(
 
 
 async def test_retry_after_of_the_flow_sets_the_delay() -> None:
-    """The next execution starts when RetryAfter says, not by the formula."""
+    """The next attempt starts after the delay of RetryAfter, not after that of the formula."""
     made: list[int] = []
 
     @flow(retries=Retry(attempts=2, delay=1))
@@ -268,8 +269,8 @@ async def test_retry_after_of_the_flow_sets_the_delay() -> None:
 
 
 async def test_a_timeout_is_that_of_one_attempt() -> None:
-    """An execution that exceeds `timeout=` has failed and is retried; the next one has the whole
-    time again, and its waits did not use any of it.
+    """An attempt that exceeds `timeout=` has failed and is retried; the next one has the whole time
+    again, and the wait does not count.
     """
     made: list[int] = []
 
@@ -300,7 +301,7 @@ async def test_a_timeout_is_that_of_one_attempt() -> None:
 
 
 async def test_the_last_timeout_fails_the_run() -> None:
-    """When the retries are used up, a timeout is the failure that it is today."""
+    """When the retries are used up, a timeout fails the run."""
 
     @flow(timeout=10, retries=[1])
     async def stands() -> None:
@@ -358,7 +359,7 @@ async def test_a_cancel_in_the_wait_lets_the_flow_clean_up() -> None:
 
 
 async def test_a_run_that_fails_after_its_cancel_is_not_retried() -> None:
-    """A flow that answers its cancel with another error has failed, as without retries."""
+    """A flow that raises another error after its cancel has failed, as without retries."""
 
     @flow(retries=[WAIT])
     async def stubborn() -> None:
@@ -379,7 +380,7 @@ async def test_a_run_that_fails_after_its_cancel_is_not_retried() -> None:
 
 async def test_retry_by_hand_ends_the_wait_and_renews_the_retries() -> None:
     """`retry` of a run that waits for its retry starts the next attempt now. After the final
-    failure, `retry` gives the run all its retries anew; the errors of all attempts are kept.
+    failure, `retry` gives the run all its retries again; the errors of all attempts are kept.
     """
     seen = Bodies()
 
@@ -415,7 +416,7 @@ async def test_retry_by_hand_ends_the_wait_and_renews_the_retries() -> None:
 
 
 async def test_a_run_that_waits_for_its_retry_releases_its_slot_and_keeps_its_key() -> None:
-    """With `concurrency=1` another run of the flow executes in the wait. A run with the same
+    """With `concurrency=1` another run of the flow executes during the wait. A run with the same
     ordering key does not: it starts when the first one has ended.
     """
     done: list[str] = []
@@ -471,8 +472,8 @@ async def test_a_parent_waits_on_while_its_child_is_retried() -> None:
 
 
 async def test_failed_children_are_executed_again_with_their_parent_and_not_earlier() -> None:
-    """The child that failed its parent waits until its parent is due, and keeps its values; its
-    brother, which was still running, runs on and gives the value that the next attempt gets.
+    """A child that failed waits until its parent is due, and keeps its values; a sibling that was
+    still running continues, and the next attempt gets its value.
     """
     seen = Bodies()
     go = asyncio.Event()
@@ -528,8 +529,8 @@ async def test_failed_children_are_executed_again_with_their_parent_and_not_earl
 
 @pytest.mark.parametrize("ends", ["in the wait", "in the next attempt"])
 async def test_a_child_that_its_parent_cancelled_is_executed_again(ends: str) -> None:
-    """A child that a failing execution cancelled, and whose clean-up outlasts that, is executed
-    again from its values: the next attempt gets its result and no error of the old cancel.
+    """A child that a failing attempt cancelled, and whose clean-up lasts longer, is executed again
+    from its values: the next attempt gets its result and no error of the old cancel.
     """
     seen = Bodies()
     cleaned = asyncio.Event()
@@ -596,7 +597,9 @@ async def test_a_child_that_its_parent_cancelled_is_executed_again(ends: str) ->
 
 
 async def test_a_child_that_a_person_cancelled_stays_so() -> None:
-    """A retry of the parent does not execute it again: the parent fails at once."""
+    """A retry of the parent does not execute a child again that a person cancelled: the parent
+    fails at once.
+    """
 
     @flow
     async def child() -> None:
@@ -619,7 +622,7 @@ async def test_a_child_that_a_person_cancelled_stays_so() -> None:
 
 
 async def test_a_held_run_is_not_retried() -> None:
-    """A run that needs a person waits for one, also with retries left."""
+    """A run that needs a person stays held, also with retries left."""
     arguments = iter("ab")
 
     @task
@@ -644,8 +647,8 @@ async def test_a_held_run_is_not_retried() -> None:
 
 @pytest.mark.parametrize("when", ["in the wait", "as it fails"])
 async def test_a_cancel_ends_a_flow_that_raises_before_it_gets_it(when: str) -> None:
-    """A cancelled run whose flow raises at its first step is cancelled, and not failed or retried:
-    whether the cancel came in the wait for the retry, or while the failure was on its way.
+    """A cancelled run whose flow raises at its first step is cancelled, and not failed or retried,
+    whether the cancel came during the wait for the retry or while the failure was being recorded.
     """
     made: list[int] = []
     app = App("raises")
@@ -676,8 +679,8 @@ async def test_a_cancel_ends_a_flow_that_raises_before_it_gets_it(when: str) -> 
 
 
 async def test_a_wait_goes_on_after_a_restart(tmp_path: Path) -> None:
-    """The due time is that of the first failure: a restart in the wait, and one after it, neither
-    shorten nor lengthen it, and the number of attempts goes on.
+    """The due time is the recorded one: a restart during the wait, and one after it, neither
+    shorten nor lengthen it, and attempts are counted on.
     """
     made: list[int] = []
 
@@ -731,7 +734,7 @@ def test_wrong_retries_are_refused_where_they_are_written(
 
 
 async def test_a_flow_called_like_a_function_is_not_retried() -> None:
-    """Outside of a run a flow is its function: its error comes at once."""
+    """Outside of a run a flow is a plain function: its error is raised at once."""
     made: list[int] = []
 
     @flow(retries=5)

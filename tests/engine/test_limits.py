@@ -32,8 +32,8 @@ def test_a_run_that_works_again_goes_before_new_ones() -> None:
 
 
 async def test_a_run_that_is_cancelled_while_it_waits_for_its_place_harms_no_other() -> None:
-    """With `concurrency=1`: the place that it no longer needs goes on to the next run; the result
-    of the run that left it reaches those who wait for it.
+    """With `concurrency=1`, the slot that a cancelled run no longer needs goes to the next run, and
+    callers that wait for the result of the run that released it get it.
     """
     go = asyncio.Event()
     began: list[str] = []

@@ -1,4 +1,4 @@
-"""`Posts`: what the worker's loop posts to the store, one piece for each turn."""
+"""`Posts`: what the worker's loop posts to the store, in at most two pieces for each turn."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -45,8 +45,8 @@ def operations(queue: Queue) -> list[Any]:
 
 @pytest.mark.anyio
 async def test_what_follows_in_one_turn_is_one_piece(queue: Queue) -> None:
-    """While an operation is under way, the first of a turn is queued at once; those that follow in
-    that turn are queued in the next, in one piece and in their order; each caller gets its own
+    """While an operation is under way, the first one of a turn is queued at once; those that follow
+    in that turn are queued in the next one, in one piece and in order; each caller gets its own
     reply.
     """
     loop = asyncio.get_running_loop()
@@ -85,7 +85,7 @@ def test_a_run_that_is_alone_posts_at_once(posts: Posts, queue: Queue) -> None:
 
 
 def test_flush_queues_what_was_posted(posts: Posts, queue: Queue) -> None:
-    """A worker that ends leaves nothing behind for a turn that may not come."""
+    """After `flush` no operation waits for a turn of the loop that may not come."""
     for op in (FIRST, SECOND, THIRD):
         posts.post(op, print)
     posts.flush()

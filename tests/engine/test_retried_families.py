@@ -1,4 +1,4 @@
-"""Child runs of a run that its flow's `retries=` execute again."""
+"""Child runs of a run that is executed again by the `retries=` of its flow."""
 
 import asyncio
 from pathlib import Path
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.anyio
 
 @pytest.mark.parametrize("ends", ["at once", "in the wait", "in the next attempt"])
 async def test_a_retry_executes_what_a_child_had_cancelled_again(ends: str) -> None:
-    """A flow with retries calls a flow without, whose TaskGroup cancels a brother of the child that
-    failed: the retry executes that brother again too, whenever its clean-up ends.
+    """A flow with retries calls a flow without retries, whose TaskGroup cancels a sibling of the
+    child that failed: the retry executes that sibling again too, whenever its clean-up ends.
     """
     seen = Bodies()
     cleaned = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Blocks with a timeout in a run that is executed again: they have their time anew."""
+"""Blocks with a timeout in a run that is executed again: they have their whole time again."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -54,13 +54,13 @@ def _limits() -> dict[str, Callable[[Coroutine[Any, Any, str]], Coroutine[Any, A
         ("its timeout", "by hand"),
         ("its error", "now"),
         ("its timeout", "now"),
-        ("its error", "from a call"),  # one that ends by its timeout leaves no record
+        ("its error", "from a call"),  # a call that a timeout ends leaves no record
     ],
 )
 @pytest.mark.parametrize("limit", _limits())
 async def test_a_block_has_its_whole_time_again(limit: str, ends_by: str, again: str) -> None:
-    """A block with a timeout whose call failed, or took too long, has all its time in the next
-    execution, however long after the first that begins; it ends neither at once nor later.
+    """A block with a timeout whose call failed, or took too long, has its whole time in the next
+    attempt, however much later that begins; it ends neither at once nor late.
     """
     seen = Bodies()
 
@@ -107,8 +107,8 @@ async def test_a_block_has_its_whole_time_again(limit: str, ends_by: str, again:
 
 
 async def test_a_timeout_that_the_flow_went_on_after_is_kept() -> None:
-    """A block's timeout after which the flow received a value has happened, like that value: the
-    next execution neither waits for it nor makes the block's call again.
+    """A block's timeout after which the flow received a value is kept, like that value: the next
+    attempt neither waits for it nor makes the block's call again.
     """
     seen = Bodies()
 
@@ -179,8 +179,8 @@ async def test_a_restart_leaves_a_block_the_time_that_is_left(tmp_path: Path) ->
 
 
 async def test_a_block_counts_from_an_attempt_that_begins_late(tmp_path: Path) -> None:
-    """An attempt that begins long after its due time, because no process was there, or no place was
-    free, has the whole time of its blocks too; a restart within it changes nothing.
+    """An attempt that begins long after its due time, because no process ran or no slot was free,
+    also has the whole time of its blocks; a restart during it changes nothing.
     """
     seen = Bodies()
 
@@ -216,8 +216,8 @@ async def test_a_block_counts_from_an_attempt_that_begins_late(tmp_path: Path) -
 
 @pytest.mark.parametrize("ended_by", ["a cancel", "its error"])
 async def test_a_sleep_within_a_block_keeps_its_place(ended_by: str) -> None:
-    """A sleep that had not ended begins anew with the block around it: one that is longer than the
-    block's timeout does not end first, however long after the first execution the next one begins.
+    """A sleep that had not ended starts again with the block around it: a sleep that is longer than
+    the block's timeout does not end first, however much later the next attempt begins.
     """
     seen = Bodies()
 

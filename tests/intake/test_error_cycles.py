@@ -1,4 +1,4 @@
-"""An event that is refused, wherever it comes from, leaves no error to the garbage collector."""
+"""The error of a refused event, whatever its source, is freed without the garbage collector."""
 
 import gzip
 from collections.abc import AsyncIterator, Callable

@@ -471,8 +471,8 @@ async def take(event: Event) -> None: ...
 
 @pytest.mark.anyio
 async def test_a_cursor_that_cannot_be_stored_fails_its_own_call():
-    """Of two calls of one turn, the one whose cursor cannot be stored raises and records nothing,
-    also where the later call replaces the value.
+    """Of two calls in one turn, the one whose cursor cannot be stored raises and records nothing,
+    even if the other call replaces that value.
     """
     orders = MemoryTrigger("orders")
     app = App("shop")

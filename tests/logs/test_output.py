@@ -326,7 +326,7 @@ def test_a_stored_line_is_formatted_like_a_live_one():
 
 
 def test_the_attempt_of_a_flow_is_shown():
-    """The line of a flow's failed execution says which attempt it was, as that of a task does."""
+    """The log line of a flow's failed attempt has the number of the attempt, like that of a task."""
     line = {
         "timestamp": "2026-11-30T12:00:00Z",
         "level": "warning",

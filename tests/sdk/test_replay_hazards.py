@@ -1,4 +1,4 @@
-"""Clocks and random numbers in the body of a flow are found before a replay meets them."""
+"""Clocks and random numbers in the body of a flow are found before a replay reads them."""
 
 import asyncio
 import datetime
@@ -74,7 +74,7 @@ async def silenced() -> Any:
 )
 def test_what_differs_in_a_replay_is_found(tested: Any, names: list[str]):
     """Each call of a clock or of random numbers is found, with its line, however it was imported;
-    what replays, a task's own calls and silenced lines are not.
+    calls that replay, those in tasks and silenced lines are not reported.
     """
     found = find_hazards(tested.fn)
     assert sorted(each.name for each in found) == sorted(names)

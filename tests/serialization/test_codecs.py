@@ -84,7 +84,7 @@ class Holder(msgspec.Struct):
 
 
 class Unsettled(pydantic.BaseModel):
-    """Has state that its JSON does not have."""
+    """Has state that is not in its JSON."""
 
     x: int = 1
     _seen: list[int] = pydantic.PrivateAttr(default_factory=lambda: [next(NUMBERS)])
@@ -393,7 +393,7 @@ def test_unset_fields_as_an_earlier_version_stored_them_are_read():
 
 
 def test_a_result_with_unset_fields_shows_all_of_them():
-    """People see the defaults, too; a later default of the code does not change the value."""
+    """The readable form has the defaults too, and a later default in the code does not change it."""
     codec, data = ResultCodec(Customer, "job").encode(Customer(name="A", born=dt.date(2000, 1, 1)))
     assert to_readable(codec, data) == {"name": "A", "born": "2000-01-01", "score": 1.0}
 

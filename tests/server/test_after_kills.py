@@ -340,7 +340,7 @@ def test_row_34_the_process_is_gone_by_grace_and_5_s(tmp_path: Path, how: str) -
 
 @pytest.mark.parametrize("how", ["cancels all tasks", "cancels the HTTP server"])
 def test_row_34_a_server_whose_tasks_are_cancelled_ends(tmp_path: Path, how: str) -> None:
-    """User code cancels tasks of the server's loop, and the lifespan never ends: the process ends
+    """If user code cancels tasks of the server's loop and the lifespan never ends, the process ends
     at once with exit code 70 and the reason, so that a supervisor starts it again.
     """
     (tmp_path / "kills.py").write_text(APP)
@@ -354,8 +354,8 @@ def test_row_34_a_server_whose_tasks_are_cancelled_ends(tmp_path: Path, how: str
 
 @pytest.mark.parametrize("how", ["", "a lifespan", "a blocking lifespan"])
 def test_row_34_a_start_that_fails_is_gone_by_grace_and_5_s(tmp_path: Path, how: str) -> None:
-    """A server that cannot start after it has opened its app, here since its token cannot be read:
-    it ends by grace + 5 s with an error, whatever its lifespan does.
+    """A server that fails to start after it has opened its app (its token cannot be read) ends by
+    grace + 5 s with an error, whatever its lifespan does.
     """
     (tmp_path / "kills.py").write_text(APP)
     (tmp_path / ".eventflow" / "kills.db.token").mkdir(parents=True)

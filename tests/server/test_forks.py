@@ -1,5 +1,5 @@
-"""Task bodies that fork while a source is at work: the child keeps nothing of the server, and
-the source loses and doubles nothing.
+"""Task bodies that fork while a source is at work: the child keeps nothing of the server, and no
+item of the source is lost or recorded twice.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ app.add(forking)
 """
 
 LINES = 20
-"""That each child logs, half of them by `print`."""
+"""The line that each child logs, half of them by `print`."""
 
 KAFKA = {
     "noida": {"group_instance_id": "server", "session_timeout_ms": 6_000},
@@ -96,7 +96,7 @@ KAFKA = {
 
 
 class Sender:
-    """What comes in at a source: `put(n)` sends item n. `env` tells the app which source it is."""
+    """Sends items to a source: `put(n)` sends item n. `env` tells the app which source it is."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ WAYS = [
 def test_forks_while_a_source_is_at_work(tmp_path: Path, name: str) -> None:
     """Bodies fork in each way while a source is at work. A child has no TCP socket and no lock,
     logs, and ends by SIGTERM; every item is recorded once and runs once, also when the server is
-    killed and another one, with another hash seed, starts on its port beside living children.
+    killed and another one, with another hash seed, starts on its port while children are alive.
     """
     children: list[int] = []
     with SOURCES[name](tmp_path) as source:

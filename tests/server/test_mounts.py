@@ -17,7 +17,7 @@ from tests.server_process import EventflowProcess, NoAnswer, serving
 
 @pytest.fixture
 def mount() -> Iterator[Callable[[Path, Path], None]]:
-    """`mount --bind`; what is mounted at the end is unmounted."""
+    """Calls `mount --bind`; what is still mounted at the end is unmounted."""
     places: list[Path] = []
 
     def bind(folder: Path, place: Path) -> None:
@@ -38,7 +38,7 @@ def serve(folder: Path, place: Path, seed: int = 1):
 
 
 def refused(folder: Path, place: Path) -> str:
-    """What a further server says, which exits with 75 and is never ready."""
+    """The output of another server, which exits with 75 and is never ready."""
     second = EventflowProcess(folder, "shop.py", "--store", f"sqlite:///{place}/shop.db")
     try:
         assert second.wait() == 75 and not second.wait_ready(0), second.log_tail
@@ -58,7 +58,7 @@ def test_row_11_a_store_at_two_mount_points_has_one_server(
     tmp_path: Path, mount: Callable[[Path, Path], None], without: str
 ) -> None:
     """Through the other mount point a second server is refused with the pid of the first, which
-    goes on; after kill -9 a server there, with another hash seed, has all that was acknowledged.
+    continues; after kill -9 a server there, with another hash seed, has all that was acknowledged.
     """
     data, other = tmp_path / "data", tmp_path / "other"
     data.mkdir()
@@ -96,14 +96,14 @@ def _unmounted(data: Path, folder: Path, _mount: Callable[[Path, Path], None]) -
 
 
 def _mounted_again(data: Path, folder: Path, mount: Callable[[Path, Path], None]) -> Path:
-    """The same folder is behind the path: nothing has changed."""
+    """The same folder is mounted at the path again: nothing has changed."""
     subprocess.run(["umount", "-l", str(data)], check=True)
     mount(folder, data)
     return folder
 
 
 def _replaced(data: Path, folder: Path, _mount: Callable[[Path, Path], None]) -> Path:
-    """The folder behind the mount point is another one; the mount still has the first."""
+    """The folder behind the mount point is replaced; the mount still shows the first one."""
     moved = folder.with_name("moved")
     folder.rename(moved)
     folder.mkdir()
@@ -117,7 +117,7 @@ HARMS = {
     "unmounted and mounted again": (_mounted_again, 0),
     "the folder behind the mount replaced": (_replaced, 0),
 }
-"""What happens to the mount point of a store, and how the server ends: with 0, it goes on."""
+"""Changes of a store's mount point, and the exit code of the server (0: it continues)."""
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
@@ -149,7 +149,7 @@ def test_p10_a_server_whose_mount_point_changes_stops(
     with serve(tmp_path, data) as server:
         for _ in range(20):
             assert send(server)
-        server.signal(signal.SIGSTOP)  # so that it looks at its files after the change
+        server.signal(signal.SIGSTOP)  # so that it checks its files only after the change
         kept = change(data, folder, mount)
         assert str(server.process.pid) in refused(tmp_path, kept)
         server.signal(signal.SIGCONT)

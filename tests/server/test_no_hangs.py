@@ -254,7 +254,7 @@ def test_a_loop_that_turns_again_makes_the_process_ready_again(tmp_path: Path) -
 @pytest.mark.parametrize("what", ["loop", "threads", "store"])
 def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path: Path, what: str) -> None:
     """SIGSTOP for longer than the stall timeout, while a body blocks its loop, bodies have all
-    threads, or a commit waits for its file: nothing is to blame after SIGCONT, and work continues.
+    threads, or a commit waits for its file: after SIGCONT no fault is reported, and work continues.
     """
     with serve(tmp_path, "--stall-timeout", f"{FROZEN_SECONDS - 1}", "--grace", "0.5") as served:
         run = ""

@@ -1,5 +1,5 @@
-"""Sinks whose `send` never ends, beside SIGTERM and kill -9: the process ends, and the next one
-sends again what was not sent.
+"""Sinks whose `send` never ends, with SIGTERM and kill -9: the process ends, and the next one sends
+again what was not sent.
 """
 
 import asyncio
@@ -91,7 +91,7 @@ def serve(folder: Path, how: str = "", seed: int = 1, **env: str):
 
 
 def make(server: EventflowProcess, numbers: range) -> None:
-    """Runs that emit a message each, one after another."""
+    """Starts runs that emit a message each, one after another."""
     for n in numbers:
         assert server.wait_for(server.start("makes", n=n), "completed")["result"] == n
 
@@ -110,9 +110,9 @@ def end(server: EventflowProcess, number: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("how", HOWS)
 def test_row_34_a_send_that_never_ends(tmp_path: Path, how: str, number: signal.Signals) -> None:
-    """The process is gone by grace + 5 s. No run waited for the sink, and no other sink, but where
-    it blocks their loop. The next process sends all messages, in order, those of the interrupted
-    send again.
+    """The process ends by grace + 5 s. No run waits for the sink, and no other sink unless it
+    blocks their loop. The next process sends all messages in order, those of the interrupted send
+    again.
     """
     sent = range(1)
     with serve(tmp_path, how) as server:
@@ -139,8 +139,8 @@ def test_row_34_a_send_that_never_ends(tmp_path: Path, how: str, number: signal.
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_row_34_a_broker_that_never_answers(tmp_path: Path, number: signal.Signals) -> None:
-    """A `KafkaSink` whose broker accepts connections and says nothing: the same; the topic has each
-    message once the broker is another.
+    """The same for a `KafkaSink` whose broker accepts connections and never answers; the topic has
+    each message after a broker that answers takes its place.
     """
     with silent() as address, serve(tmp_path, BROKER=address) as server:
         make(server, range(MESSAGES))

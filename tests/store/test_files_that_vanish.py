@@ -180,9 +180,9 @@ async def test_p10_a_store_whose_file_is_overwritten_stops(
 @pytest.mark.anyio
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 async def test_p10_a_wal_that_was_put_in_place_is_not_touched(tmp_path: Path, busy: bool):
-    """A backup is moved over an open store, its WAL first. The store that was open fails in
-    between, and its end neither removes that WAL nor writes to it: with its own file, which comes
-    then, the backup has all its commits.
+    """A backup is moved over an open store, its WAL first. The open store fails in between, and its
+    close neither removes that WAL nor writes to it: when the backup's own file follows, it has all
+    its commits.
     """
     path, backup = tmp_path / "a.db", tmp_path / "backup" / "b.db"
     backup.parent.mkdir()

@@ -1,5 +1,5 @@
-"""`@flow(retries=)` in the ledger: one transaction from a failed execution to the wait for the next
-one, and what may happen in that wait.
+"""`@flow(retries=)` in the ledger: one transaction from a failed attempt to the wait for the next
+one, and what may happen during that wait.
 """
 
 import sqlite3
@@ -35,7 +35,7 @@ def retried(ledger: Ledger, attempt: int = 1, wait: float = WAIT) -> Retried:
 
 
 async def start_child(ledger: Ledger, parent: Run, call: str = "c#1") -> Run:
-    """A child of a running parent, claimed."""
+    """Starts and claims a child of a running parent."""
     child = ledger.run("child", parent=parent.id, parent_call_key=call)
     entry = Entry(call_key=call, kind=Kind.CHILD, value=str(child.id).encode())
     await ledger.append(parent, entry, children=[child])
@@ -50,8 +50,8 @@ async def kinds(ledger: Ledger, run: Run) -> list[tuple[str, str]]:
 
 async def test_a_failed_execution_is_one_transaction(ledger: Ledger, reopen: Reopen):
     """The run waits until the due time with its values, its errors cleared and a note of the
-    failure; it is pending in the sums, nothing ends, and it is claimed at its due time and not
-    before; also by the next process.
+    failure; it counts as pending, nothing ends, and it is claimed at its due time and not before,
+    also by the next process.
     """
     run = await ledger.running(ordering_key="k")
     await ledger.recorded(ledger.run(ordering_key="k"))
@@ -150,8 +150,8 @@ async def test_a_child_that_fails_with_its_parent_is_due_with_it(
 async def test_an_answer_in_the_wait_is_recorded_and_wakes_nobody(
     ledger: Ledger, outcome: Completed | Cancelled
 ):
-    """The value of a child that ran on, and the error of one that a person cancelled, are there
-    when the parent is due, which is not earlier.
+    """The value of a child that continued, and the error of one that a person cancelled, are
+    recorded when the parent is due, which is not earlier.
     """
     parent = await ledger.running()
     child = await start_child(ledger, parent)
@@ -169,9 +169,9 @@ async def test_an_answer_in_the_wait_is_recorded_and_wakes_nobody(
 
 
 async def test_the_cancel_of_a_call_that_is_made_again_comes_too_late(ledger: Ledger):
-    """A failing execution cancels its children just before it ends, and the cancel may come after
-    its end: the child runs on. The cancel of an execution that goes on, or of a run that has ended,
-    is carried out.
+    """A failing attempt cancels its children just before it ends, and the cancel may arrive after
+    its end: then the child continues. The cancel by an attempt that continues, or by a run that has
+    ended, is carried out.
     """
     parent = await ledger.running()
     child = await start_child(ledger, parent)
@@ -191,8 +191,8 @@ async def test_the_cancel_of_a_call_that_is_made_again_comes_too_late(ledger: Le
 
 @pytest.mark.parametrize("when", ["before the end", "in the wait", "in the next execution"])
 async def test_a_child_cancelled_by_a_failed_execution_is_executed_again(ledger: Ledger, when: str):
-    """Whenever its clean-up ends, it gives no error and is due with its parent. Cancelled by a
-    person meanwhile, it stays cancelled.
+    """A child that a failed attempt cancelled gives no error and is due with its parent, whenever
+    its clean-up ends. If a person cancels it meanwhile, it stays cancelled.
     """
     for by_a_person in (False, True):
         parent = await ledger.running()
@@ -238,8 +238,8 @@ async def test_a_dead_child_is_not_executed_again(ledger: Ledger, reopen: Reopen
 
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_a_cancel_comes_before_the_retry(ledger: Ledger, when: str):
-    """A run that fails while a cancel is on its way is due at once, with the cancel, as one that is
-    cancelled in its wait: its flow may clean up.
+    """A run that fails while a cancel is being delivered is due at once, with the cancel, like one
+    that is cancelled during its wait: its flow may clean up.
     """
     run = await ledger.running()
     if when == "before":
@@ -255,8 +255,8 @@ async def test_a_cancel_comes_before_the_retry(ledger: Ledger, when: str):
 
 @pytest.mark.parametrize("again", ["retries", "by hand"])
 async def test_what_was_cancelled_with_its_parent_is_executed_with_it(ledger: Ledger, again: str):
-    """A run whose clean-up outlasts that of its cancelled parent is executed again with it, by the
-    retries of a flow above or by hand, and gives no error of the old cancel.
+    """A run whose clean-up lasts longer than that of its cancelled parent is executed again with
+    it, by the retries of a flow above or by hand, and gives no error of the old cancel.
     """
     top = await ledger.running()
     holder = await start_child(ledger, top)
@@ -279,8 +279,8 @@ async def test_what_was_cancelled_with_its_parent_is_executed_with_it(ledger: Le
 
 
 async def test_retry_by_hand_starts_the_run_and_its_waiting_children(ledger: Ledger):
-    """In the wait for its retry a run is due now, with the children that wait with it; once it is
-    executed, it waits for its child and not for a retry.
+    """During the wait for its retry, `retry` makes a run due now, with the children that wait with
+    it; when it is executed, it waits for its child and not for a retry.
     """
     parent = await ledger.running()
     child = await start_child(ledger, parent)
@@ -300,8 +300,8 @@ async def test_retry_by_hand_starts_the_run_and_its_waiting_children(ledger: Led
 
 
 async def test_a_retry_by_hand_after_the_end_is_noted(ledger: Ledger):
-    """The note has the time from where timeouts count; where the flow's retries were used, the last
-    error too.
+    """The note has the time from which timeouts count; if retries of the flow were used, it has the
+    last error too.
     """
     plain, run = await ledger.running(), await ledger.running()
     await ledger.settle(plain, Failed(b'{"type":"OSError"}'))

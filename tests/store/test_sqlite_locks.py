@@ -16,8 +16,8 @@ from tests.store.test_file_guards import WAYS, opening
 @pytest.mark.parametrize("way", WAYS)
 def test_a_refused_open_leaves_the_locks_of_the_open_store(tmp_path: Path, way: str):
     """A second open in the same process is refused before the file is opened, by whatever name:
-    closing any handle of it would drop SQLite's own locks, and another process could remove the WAL
-    that is in use.
+    closing any handle of it would release SQLite's own locks, and another process could remove the
+    WAL that is in use.
     """
     path = str(tmp_path / "a.db")
     store = SqliteStore(path, clock=ManualClock())

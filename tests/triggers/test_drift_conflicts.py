@@ -1,4 +1,4 @@
-"""A monitor over a webhook answers as the webhook does when an id comes with other content."""
+"""A monitor over a webhook answers like the webhook alone when an id comes with other content."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ REFERENCE = {"x": [float(n) for n in range(1000)]}
 
 @flow
 async def take(event: Event) -> None:
-    """Starts for drift events alone."""
+    """Subscribes to drift events only."""
 
 
 def app(*, record: bool) -> App:
@@ -35,7 +35,7 @@ def app(*, record: bool) -> App:
 
 
 async def post(made: App, body: bytes) -> int:
-    """The status of the answer, once the monitor listens."""
+    """The status of the response, when the monitor listens."""
     transport = httpx2.ASGITransport(make_asgi(made, auth=False, manage=False))
     headers = {"idempotency-key": "one", "content-type": "application/json"}
     status = 503
@@ -52,8 +52,8 @@ async def post(made: App, body: bytes) -> int:
 
 @pytest.mark.parametrize("record", [False, True])
 async def test_a_known_id_with_other_content_is_a_dead_letter(tmp_path: Path, record: bool):
-    """Rows under an id that was counted with other rows are answered 409 and kept as a dead letter,
-    once, also after a restart; the same rows again are answered 200, in whatever order of keys.
+    """Rows under an id that was counted with other rows are answered 409 and kept as one dead
+    letter, also after a restart; the same rows again are answered 200, in any order of keys.
     """
     store = tmp_path / "drift.db"
     async with running(app(record=record), store=store) as made:
@@ -69,7 +69,7 @@ async def test_a_known_id_with_other_content_is_a_dead_letter(tmp_path: Path, re
 
 
 async def test_repetitions_of_a_source_that_may_differ_are_no_conflict():
-    """An alert is repeated with its current value: the repetition is a duplicate."""
+    """A repeated alert has its current value and is a duplicate."""
     ledger = ContractLedger()
     source = MemoryTrigger("rows")
     source.repeats_may_differ = True  # type: ignore[attr-defined]
@@ -82,8 +82,8 @@ async def test_repetitions_of_a_source_that_may_differ_are_no_conflict():
 
 
 def test_ids_of_an_earlier_version_are_known():
-    """What was stored without contents is a duplicate, whatever comes; it is kept in the new form
-    as soon as its part changes.
+    """An id that was stored without its content is a duplicate, with any content; it is stored in
+    the new form when its part changes.
     """
     event = Event(id="one", source="/rows", type="rows", data={"x": 1})
     other = Event(id="one", source="/rows", type="rows", data={"x": 2})

@@ -225,7 +225,7 @@ def test_a_target_that_cannot_be_written_delays_only_its_files(tmp_path: Path):
 
 
 class AskedLedger(ContractLedger):
-    """Notes when it is asked for outcomes."""
+    """Records when it is asked for outcomes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,8 +237,8 @@ class AskedLedger(ContractLedger):
 
 
 def test_a_file_that_cannot_be_moved_is_tried_with_backoff(tmp_path: Path):
-    """The pauses between two tries get longer, the log has a line for each new reason and one for
-    the move at last, and the errors are freed at once.
+    """The pauses between two tries become longer, the log has a line for each new reason and one
+    when the file has been moved, and the errors are freed at once.
     """
 
     async def main() -> None:

@@ -397,7 +397,7 @@ def test_k27_a_broker_that_is_away_at_the_start(tmp_path: Path):
 
 
 def on_disk(folder: Path, topic: str) -> int:
-    """The records of a topic's first partition in the file that a noida writes."""
+    """The number of records of a topic's first partition in the file that a noida broker writes."""
     try:
         topics = json.loads((folder / "kafka.json").read_text())["topics"]
     except (OSError, ValueError):  # it is being written

@@ -1,4 +1,4 @@
-"""What a scan of a bucket concludes before it is over, and from a single listing."""
+"""Conclusions from a scan of a bucket that has not ended, and from a single listing."""
 
 import asyncio
 from typing import Any
@@ -12,8 +12,8 @@ __all__ = ["ministack"]
 
 
 def test_what_lands_during_the_first_scan_is_not_skipped(ministack: Aws):
-    """existing="skip": an object that lands behind the position of the first scan while that is
-    under way is an event, although no scan was finished before.
+    """existing="skip": an object that lands behind the position of the first scan during that scan
+    is an event, although no scan has ended before.
     """
 
     async def main() -> None:

@@ -421,7 +421,7 @@ def test_env_names_the_variable(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_secret_of_the_environment_may_be_any_bytes(monkeypatch: pytest.MonkeyPatch):
-    """Bytes that are not UTF-8 are the key as they are."""
+    """A secret with bytes that are not UTF-8 is used as it is."""
     monkeypatch.setenv("ORDERS_SECRET", "s3\udcffcret")
     signature = digest(b"s3\xffcret", BODY).hex()
     verify = GitHub(env("ORDERS_SECRET"))

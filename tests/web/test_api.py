@@ -237,8 +237,8 @@ def test_event_ids_with_slashes(tmp_path: Path):
 
 
 def test_an_event_is_found_by_what_it_is_about(tmp_path: Path):
-    """The subject of an event, such as the path of its file, or the last part of it, names the
-    event; of several, the newest are listed. An id has precedence.
+    """An event is found by its subject, such as the path of its file, or by the last part of it; if
+    several match, the newest are listed. An id has precedence.
     """
 
     async def work(client: Client) -> None:
