@@ -2,11 +2,11 @@
 
     python -m benchmarks costs [--quick] [--rounds N] [filter …]
 
-Per row, one process runs the plain app and the app with the feature in turn, several times, each
-with the same number of events, accepted 100 at a time; printed are µs of CPU of all threads per
-event (`time.process_time`, from the first event to the last run settled, and the last message sent)
-beyond the plain app's: the median of the pairs' differences, and the difference of the two minima,
-which other load on the machine disturbs least. The first pair of a process only warms it.
+For each row, one process runs the plain app and the app with the feature in turn, several times,
+each with the same number of events, accepted 100 at a time. It prints µs of CPU of all threads per
+event (`time.process_time`, from the first event until the last run is settled and the last message
+sent) beyond the plain app's: the median of the pairs' differences, and the difference of the two
+minima, which other load on the machine disturbs least. The first pair of a process is a warm-up.
 """
 
 import argparse
@@ -33,7 +33,7 @@ KEYS = 97
 
 
 class CountingSink:
-    """Takes every message, and counts."""
+    """Counts the messages that it is sent."""
 
     name = "counting"
 
@@ -76,7 +76,7 @@ async def of_events(events: list[Event]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One row: how an app with the feature is declared, and how many runs an event makes."""
+    """One row: `declare` makes an app with the feature; an event starts `runs_per_event` runs."""
 
     what: str
     declare: Callable[[App, Any, CountingSink], None]
@@ -187,7 +187,9 @@ async def sent(sink: CountingSink) -> int:
 
 
 async def submit(accept: Callable[..., Awaitable[Any]], given: Sequence[bytes]) -> None:
-    """Batches of 100, four under way: few enough that none waits for room in the ledger."""
+    """Sends the events in batches of 100 with four callers: few enough that none waits for room in
+    the ledger.
+    """
     chunks = iter([given[start : start + 100] for start in range(0, len(given), 100)])
 
     async def caller() -> None:
@@ -212,7 +214,7 @@ async def pairs(cost: Cost, rounds: int, events: int) -> list[tuple[float, float
 
 
 def print_row(name: str, rounds: int, quick: bool) -> bool:
-    """Takes one row in a process of its own; whether it could."""
+    """Measures and prints one row in a separate process; whether that succeeded."""
     command = [sys.executable, "-m", "benchmarks.costs", "--pairs", name]
     command += ["--rounds", str(rounds), *["--quick"] * quick]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

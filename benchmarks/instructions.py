@@ -2,12 +2,12 @@
 
     python -m benchmarks instructions [--gate]
 
-Time on a shared machine varies by half; the instructions of the same work vary by a few percent.
+Times on a shared machine vary by half; the instructions of the same work vary by a few percent.
 Each mode of W1 (events accepted 100 at a time, and one at a time by 200 callers) runs under
 callgrind with 300 and with 1,300 events; the difference is what 1,000 runs take, without the start
-and the end of the process. Threads are callgrind's numbers, 1 being the main thread. With --gate
-the exit code is 1 when a mode takes more than its bound, which holds for CPython 3.11 (another
-version is printed and not judged). Needs `valgrind` on the PATH: `apt install valgrind` on Debian.
+and the end of the process. Threads have callgrind's numbers; 1 is the main thread. With --gate the
+exit code is 1 when a mode takes more than its bound, which is for CPython 3.11 (counts of another
+version are only printed). Needs `valgrind` on the PATH: `apt install valgrind` on Debian.
 """
 
 import argparse
@@ -24,20 +24,20 @@ from benchmarks.w4 import WRITES_BYTE_CODE
 
 EVENTS = (300, 1_300)
 BOUNDS = {"batch": 764_000, "single": 798_000}
-"""Instructions per run that --gate accepts: those measured, and 10 % more."""
+"""Instructions per run that --gate accepts: the measured number and 10 %."""
 GATED_PYTHON = (3, 11)
 TOTAL = re.compile(r"^(?:totals|summary): (\d+)", re.MULTILINE)
 MIN_INSTRUCTIONS = 100
-"""Threads with fewer per run are not printed apart."""
+"""Threads with fewer instructions per run are not printed."""
 
 
 def by_thread(mode: str, events: int) -> dict[int, int]:
-    """Instructions of each thread of one process that runs so many events."""
+    """Instructions of each thread of one process that handles `events` events."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", "--separate-threads=yes"]
         command += [f"--callgrind-out-file={folder}/out", sys.executable, "-m"]
         command += ["benchmarks.instructions", "--sample", mode, str(events)]
-        # the same hashes in every process, and so the same collisions
+        # the same hashes in every process, so the same collisions
         environment = {**WRITES_BYTE_CODE, "PYTHONHASHSEED": "0"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

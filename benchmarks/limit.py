@@ -114,7 +114,8 @@ class Limit:
 
     async def run(self, ident: int, data: Any) -> None:
         value = orjson.dumps(await self.task(data))
-        self.results.append((ident, "score", value))  # a tick replaces the list during the wait
+        # After the wait, because a tick may replace the list during it.
+        self.results.append((ident, "score", value))
         self.wake()
 
     def write_log(self, event: str, rows: Sequence[tuple[Any, ...]]) -> None:

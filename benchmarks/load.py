@@ -75,7 +75,7 @@ async def throughput(accept: Accept, given: list[bytes], finished: Count, mode: 
 async def drive(
     accept: Accept, given: list[bytes], finished: Count, per_call: int, callers: int
 ) -> float:
-    """As `throughput`, with so many events in a call and so many callers."""
+    """As `throughput`, with `per_call` events in a call and so many callers."""
     left = iter(given)
 
     async def caller() -> None:

@@ -36,8 +36,8 @@ class Figure:
     """One row of the table: `combine(eventflow's value, the limit's)` against a floor and a
     goal.
 
-    `gated_floor`: the earlier floor, from which the gate is taken as long as the figure does not
-    reach the gate of its floor. Without it the gate is taken from the floor.
+    `gated_floor`: an earlier floor. The gate is 0.7 of it, as long as the figure does not reach 0.7
+    of `floor`; without it the gate is 0.7 of `floor` (for times: divided by 0.7).
     """
 
     key: str

@@ -1,10 +1,10 @@
 """DBOS's side of `python -m benchmarks peers`; runs in the peers' environment, without eventflow.
 
 As its documentation recommends: async workflows of `@DBOS.step()` functions, each started by
-`start_workflow_async` under an id of the event's (`SetWorkflowID`), so that a repeated event starts
-no second run. Per run of one step DBOS commits the workflow with its input, then the step's output,
-then the workflow's outcome, each in a transaction of its own; a new process resumes unfinished
-workflows after the last recorded step. Commits wait for the disk: PostgreSQL with its defaults
+`start_workflow_async` under an id made from the event's (`SetWorkflowID`), so that a repeated event
+starts no second run. Per run of one step DBOS commits the workflow with its input, then the step's
+output, then the workflow's outcome, each in a separate transaction; a new process resumes
+unfinished workflows after the last recorded step. Commits wait for the disk: PostgreSQL with its defaults
 (`fsync` and `synchronous_commit` on), SQLite with `synchronous=FULL`. PostgreSQL is what the
 documentation recommends for production. The SQLite file is put into WAL mode beforehand, which DBOS
 does not do: with the default journal it is slower. PostgreSQL comes from the package
@@ -30,7 +30,7 @@ dbos: Any = import_module("dbos")
 DBOS = dbos.DBOS
 
 CALLERS = {"postgres": 16, "sqlite": 2}
-"""Runs under way at once: of 1, 2, 4, 16 and 64 those with the highest throughput."""
+"""Concurrent runs: of 1, 2, 4, 16 and 64 the number with the highest throughput."""
 
 probe = load.Probe()
 

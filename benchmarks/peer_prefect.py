@@ -1,14 +1,14 @@
 """Prefect's side of `python -m benchmarks peers`; runs in the peers' environment, without
 eventflow.
 
-As its documentation has it for one machine: async flows of `@task` functions that are called in the
-process, the API served by the ephemeral server that Prefect starts (a process of its own) on its
+As its documentation recommends for one machine: async flows of `@task` functions that are called in
+the process, the API served by the ephemeral server that Prefect starts (a separate process) on its
 default SQLite database, and `persist_result=True`, so that a repeated run takes recorded results of
 its tasks from the cache. Per run of one task Prefect writes the flow run and its states through its
 API, the task run's states as events in the background, and both results to files. This is less than
 what the other sides promise: SQLite runs with `synchronous=NORMAL` (Prefect sets it), so that a
-power failure may lose the last commits; the files are not synced; after a crash nothing resumes by
-itself.
+power failure may lose the last commits; the files are not synced; after a crash no run resumes
+automatically.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from typing import Any
 from benchmarks import load
 
 CALLERS = 2
-"""Flow runs under way at once; with 1, 4, 8 and 16 the throughput was lower."""
+"""Concurrent flow runs; with 1, 4, 8 and 16 the throughput was lower."""
 
 
 class Peer:
-    """Flows of one task, and how many of their runs have ended. There is nothing durable to wait
-    for before a flow begins: a call returns when its run has ended.
+    """Runs flows of one task, and counts the runs that have ended. Nothing is durable before a flow
+    begins, so a call returns when its run has ended.
     """
 
     def __init__(self, prefect: Any) -> None:

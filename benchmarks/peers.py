@@ -3,12 +3,12 @@
     python -m benchmarks peers [--quick] [--rounds N] [--no-install]
 
 Sides: eventflow, the limit loop, DBOS on PostgreSQL and on SQLite, Prefect. Every sample is a
-process of its own, the sides take turns, and printed are medians and eventflow's advantage, a
-median over the rounds' pairs. What each peer does durably per run, and how it is called, is in
+separate process, and the sides take turns. Printed are medians, and eventflow's advantage: the
+median of the rounds' pairs. What each peer makes durable per run, and how it is called, is in
 peer_dbos.py and peer_prefect.py; eventflow and the limit loop commit the event with its run, the
 task's value and the run's outcome, with `synchronous=FULL`, and both accept one event per call from
-200 callers. The peers live in `.venv-peers`, which the command makes when it is missing; with
---no-install it does not. A side that cannot run is printed with the reason.
+200 callers. The peers are installed in `.venv-peers`, which the command makes when it is missing
+(not with --no-install). A side that cannot run is printed with the reason.
 """
 
 import argparse
@@ -86,7 +86,7 @@ async def bare(quick: bool) -> dict[str, float]:
 
 
 def make_environment(folder: Path) -> str:
-    """Makes the virtual environment of the peers when it is missing; what went wrong, or ''."""
+    """Makes the virtual environment of the peers when it is missing; an error text, or ''."""
     made = folder / ".made"
     wanted = "\n".join(PACKAGES)
     if made.exists() and made.read_text() == wanted:
@@ -109,7 +109,7 @@ def last_line(text: str) -> str:
 
 
 def sample(side: str, environment: Path, quick: bool) -> dict[str, Any]:
-    """One sample: `version` and `values`. RuntimeError with the reason when it fails."""
+    """One sample: `version` and `values`. Raises RuntimeError with the reason when it fails."""
     is_ours = "benchmarks.peers" in SIDES[side]
     python = sys.executable if is_ours else str(environment / "bin" / "python")
     command = [python, *SIDES[side], *["--quick"] * quick]

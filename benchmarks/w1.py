@@ -5,7 +5,7 @@ one at a time.
 from benchmarks import limit, load, ours
 from benchmarks.measure import Figure
 
-# `gated_floor`: the floors of before; both figures are still below the gates of the new ones.
+# `gated_floor`: earlier floors; both figures are still below the gates of the present ones.
 FIGURES = (
     Figure(
         key="batch",

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import echo, limit, load
 from benchmarks.measure import Figure
 
-# `gated_floor`: its gate is 0.14, the ratio measured at commit 30f7f6b; the floor's is not reached.
+# `gated_floor`: its gate is 0.14, the ratio at commit 30f7f6b; that of the floor is not reached.
 FIGURES = (
     Figure(
         key="http",

@@ -1,5 +1,5 @@
-"""W5: runs per second whose task fails twice and then succeeds, without delay, beside the limit
-loop's runs, whose task succeeds at once.
+"""W5: runs per second of a flow whose task fails twice and then succeeds, without delay, compared
+with the limit loop's runs, whose task succeeds at once.
 """
 
 from benchmarks import limit, ours

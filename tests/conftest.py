@@ -1,10 +1,10 @@
-"""What every test stands on: asyncio as the loop, an environment without the developer's own
+"""What every test needs: asyncio as the loop, an environment without the developer's own
 settings, and the one way to wait.
 
 `wait_until` and `eventually` are the only permitted waits: they poll a predicate until a deadline
-and then say what they were waiting for (`comes_true` goes on). `stays` is for what must not happen.
-Stores, brokers and servers are real; the fixtures that start them live beside the tests that use
-them.
+and then fail with a description (`comes_true` returns False instead). `stays` is for what must not
+happen. Stores, brokers and servers are real; the fixtures that start them live beside the tests
+that use them.
 """
 
 import asyncio

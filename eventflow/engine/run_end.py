@@ -1,4 +1,5 @@
-"""How a run ends: by its flow's result or error, a cancel, its timeout, or from outside.
+"""How a run ends: by its flow's result or error, a cancel, its timeout, or from outside. An error
+ends only an attempt while the flow has retries left (`Retried`).
 
 A run is *open*, then *ending* (it has an outcome, and its flow unwinds), then *closed* (the outcome
 is posted to the store). A cancel and the timeout are journaled and delivered in their turn, like
@@ -98,7 +99,7 @@ class RunEnd(msgspec.Struct, eq=False):
             signals.append(ControlSignal(CANCEL_KEY))
         if options.timeout is not None:
             now = max(self._services.clock.now(), flow_time)
-            # After the wall clock was set back the ledger's time is ahead of it.
+            # `started_at` is in the future if the wall clock was set back after it.
             started = min(run.started_at or now, now)
             if options.timeout_counts == "running":
                 started = now - journal.running_time

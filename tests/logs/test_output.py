@@ -326,7 +326,7 @@ def test_a_stored_line_is_formatted_like_a_live_one():
 
 
 def test_the_attempt_of_a_flow_is_shown():
-    """The log line of a flow's failed attempt has the number of the attempt, like that of a task."""
+    """The log line of a flow's failed attempt has the attempt's number, like that of a task."""
     line = {
         "timestamp": "2026-11-30T12:00:00Z",
         "level": "warning",

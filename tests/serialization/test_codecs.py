@@ -393,7 +393,7 @@ def test_unset_fields_as_an_earlier_version_stored_them_are_read():
 
 
 def test_a_result_with_unset_fields_shows_all_of_them():
-    """The readable form has the defaults too, and a later default in the code does not change it."""
+    """The readable form has the defaults too, and later defaults in the code do not change it."""
     codec, data = ResultCodec(Customer, "job").encode(Customer(name="A", born=dt.date(2000, 1, 1)))
     assert to_readable(codec, data) == {"name": "A", "born": "2000-01-01", "score": 1.0}
 
