@@ -49,26 +49,26 @@ class Claimer:
         if limit < CLAIM_BATCH_SIZE // 4 or not capacity.reserve(limit):
             return
         self.is_claiming = True
-        places = services.limits.places
+        slots = services.limits.flow_slots
         caps = {
-            name: places.free(name, flow.options.concurrency) for name, flow in self._flows.items()
+            name: slots.free(name, flow.options.concurrency) for name, flow in self._flows.items()
         }
-        places.begin_claim(caps)
+        slots.begin_claim(caps)
         services.store.post(Claim(limit, caps), partial(self._on_claimed, limit), services.loop)
 
     def _on_claimed(self, limit: int, reply: Claimed | StoreError) -> None:
         self.is_claiming = False
-        places = self._services.limits.places
+        slots = self._services.limits.flow_slots
         if isinstance(reply, StoreError):
-            places.end_claim(self._limit)
+            slots.end_claim(self._limit)
             return
         self._services.limits.capacity.release(limit - len(reply.runs))
         self.has_backlog = reply.has_more
         self._set_due_timer(reply.next_due)
         again = bool(reply.runs) or self._claim_again
         self._receive(reply.runs)
-        places.end_claim(self._limit)
-        if again:  # a run that settled meanwhile may have freed a place below its flow's cap
+        slots.end_claim(self._limit)
+        if again:  # a run that settled meanwhile may have freed a slot below its flow's cap
             self.claim()
 
     def _limit(self, flow: str) -> int | None:

@@ -116,9 +116,9 @@ class Execution(FlowCalls):
         )
         self.suspension = Suspension(services, flow.options, self.pending, self._rest)
         self._on_settled = on_settled
-        self.has_place = True
+        self.has_flow_slot = True
         """Whether it counts for its flow's `concurrency`."""
-        self._awaits_place = False
+        self._awaits_flow_slot = False
         self.root: FlowTask | None = None
 
     # ----------------------------------------------------------------- stepping the flow (LoopHost)
@@ -152,33 +152,35 @@ class Execution(FlowCalls):
 
     def wake(self) -> None:
         """Steps in the loop's next turn: by then every reply of the batch under way was given."""
-        if self.has_place or self._may_work():
+        if self.has_flow_slot or self._may_work():
             self.services.next_turn.schedule(self.step)
 
     def _may_work(self) -> bool:
-        """Whether a run that waited, and left its place to others of its flow, may work again. If
-        not, it is woken when it has a place. The end of a run needs none.
+        """Whether a run that waited, and released its slot to others of its flow, may work again.
+        If not, it is woken when it has a slot. The end of a run needs none.
         """
         finals = self.pending.journal.finals
         if not self.run_end.is_open or CANCEL_KEY in finals or TIMEOUT_KEY in finals:
             return True
         limit = self.flow.options.concurrency
-        if not self._awaits_place and limit is not None:
-            self.has_place = self.services.limits.places.take(self.flow.name, limit, self._on_place)
-            self._awaits_place = not self.has_place
-        return self.has_place
+        if not self._awaits_flow_slot and limit is not None:
+            self.has_flow_slot = self.services.limits.flow_slots.take(
+                self.flow.name, limit, self._on_flow_slot
+            )
+            self._awaits_flow_slot = not self.has_flow_slot
+        return self.has_flow_slot
 
-    def _on_place(self) -> None:
-        self.has_place = True
-        self._awaits_place = False
+    def _on_flow_slot(self) -> None:
+        self.has_flow_slot = True
+        self._awaits_flow_slot = False
         if self.run_end.is_closed:
-            self._leave_place()
+            self._release_flow_slot()
         else:
             self.wake()
 
-    def _leave_place(self) -> None:
-        self.has_place = False
-        self.services.limits.places.leave(self.flow.name, self.flow.options.concurrency)
+    def _release_flow_slot(self) -> None:
+        self.has_flow_slot = False
+        self.services.limits.flow_slots.release(self.flow.name, self.flow.options.concurrency)
 
     def guarded(self, call: Callable[..., None], *args: Any) -> None:
         """Calls `call`; an exception holds this run and harms no other."""
@@ -271,8 +273,8 @@ class Execution(FlowCalls):
             suspension.set_idle(idle)
             if idle and draining:
                 self.end_run(Interrupted())
-        if idle and self.has_place and self.flow.options.concurrency is not None:
-            self._leave_place()
+        if idle and self.has_flow_slot and self.flow.options.concurrency is not None:
+            self._release_flow_slot()
         if (
             idle
             and not draining
@@ -370,7 +372,7 @@ class Execution(FlowCalls):
             self.writer.append(entry)
         elif not self.run_end.is_open or self.services.draining:
             return
-        elif self.has_place:
+        elif self.has_flow_slot:
             self.attempts.launch(target)
             self._rest()
         else:

@@ -61,7 +61,7 @@ class RunSlots:
 class RunQueues:
     """Runs in memory that wait for a slot, one queue per flow; flows take turns.
 
-    `in_memory` counts the runs of each flow: `FlowPlaces.taken`.
+    `in_memory` counts the runs of each flow: `FlowSlots.taken`.
     """
 
     def __init__(self, in_memory: Counter[str]) -> None:
@@ -108,12 +108,12 @@ class RunQueues:
         return sum(len(queue) for queue in self._queues.values())
 
 
-class FlowPlaces:
+class FlowSlots:
     """`@flow(concurrency=)`: how many runs of a flow work at once.
 
-    A run in memory has a place, unless every branch of it waits: so a parent leaves its place to
-    its child of the same flow. One that works again gets a place before new runs do. `taken` is the
-    count by flow, also of flows without a limit.
+    A run in memory has a slot of its flow, unless every branch of it waits: so a parent releases
+    its slot to its child of the same flow. A run that works again gets a slot before new runs do.
+    `taken` is the count by flow, also of flows without a limit.
     """
 
     __slots__ = ("_claimed", "_returning", "on_free", "taken")
@@ -131,16 +131,16 @@ class FlowPlaces:
         return max(0, limit - self.taken[flow] - len(self._returning.get(flow, ())))
 
     def begin_claim(self, counts: Mapping[str, int]) -> None:
-        """So many places of each flow are kept for a claim under way, until `end_claim`."""
+        """Reserves so many slots of each flow for a claim under way, until `end_claim`."""
         self._claimed = counts
 
     def end_claim(self, limits: Callable[[str], int | None]) -> None:
-        """Call it when the claimed runs have taken their places."""
+        """Called when the claimed runs have taken their slots."""
         self._claimed = {}
         for flow in list(self._returning):
             self._admit(flow, limits(flow))
 
-    def leave(self, flow: str, limit: int | None) -> None:
+    def release(self, flow: str, limit: int | None) -> None:
         """A run ended, or waits from now on."""
         self.taken[flow] -= 1
         if limit is not None:
@@ -148,8 +148,8 @@ class FlowPlaces:
             self.on_free()
 
     def take(self, flow: str, limit: int, on_free: Callable[[], None]) -> bool:
-        """A run that waited works again. False: no place is free; `on_free` is called when it has
-        been given one.
+        """A run that waited works again. False: no slot is free; `on_free` is called when the run
+        has been given one.
         """
         if self.taken[flow] + self._claimed.get(flow, 0) < limit:
             self.taken[flow] += 1
@@ -162,10 +162,10 @@ class FlowPlaces:
             limit is None or self.taken[flow] + self._claimed.get(flow, 0) < limit
         ):
             self.taken[flow] += 1
-            give = waiting.popleft()
+            on_free = waiting.popleft()
             if not waiting:
                 del self._returning[flow]
-            give()  # a run that has ended meanwhile releases the slot at once: back here
+            on_free()  # a run that has ended meanwhile releases the slot: back here
 
 
 class RunCapacity:
@@ -178,7 +178,7 @@ class RunCapacity:
         self.free = limit
 
     def reserve(self, count: int = 1) -> bool:
-        """Takes `count` places if there are that many."""
+        """Takes room for `count` runs if there is that much."""
         with self._lock:
             if self.free < count:
                 return False
@@ -216,7 +216,7 @@ class CrashSuspectGate(asyncio.Semaphore):
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncGenerator[None]:
-        """Acquires every place, so that a crash during this body cannot be attributed to another
+        """Acquires every permit, so that a crash during this body cannot be attributed to another
         suspect.
         """
         await asyncio.sleep(max(0.0, self.exclusive_from - asyncio.get_running_loop().time()))
@@ -235,13 +235,13 @@ class CrashSuspectGate(asyncio.Semaphore):
 class WorkerLimits:
     """All limits of one worker."""
 
-    __slots__ = ("_tasks", "capacity", "places", "slots", "suspects")
+    __slots__ = ("_tasks", "capacity", "flow_slots", "slots", "suspects")
 
     def __init__(self, concurrency: int = 1000, max_in_memory: int = 20_000) -> None:
         self.slots = RunSlots(concurrency)
         self.capacity = RunCapacity(max_in_memory)
         self.suspects = CrashSuspectGate()
-        self.places = FlowPlaces(Counter())
+        self.flow_slots = FlowSlots(Counter())
         self._tasks: dict[tuple[str, str, str], asyncio.Semaphore] = {}
 
     def for_task(self, task: Task[..., Any]) -> asyncio.Semaphore | None:

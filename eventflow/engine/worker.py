@@ -118,9 +118,9 @@ class Worker:
         self._limits.slots.on_release = self._begin_soon
         self._flows = flows
         self.executions: dict[int, Execution] = {}
-        self._queues = RunQueues(self._limits.places.taken)
+        self._queues = RunQueues(self._limits.flow_slots.taken)
         self._claimer = Claimer(self._services, flows, self.receive_runs)
-        self._limits.places.on_free = self._claimer.claim_due
+        self._limits.flow_slots.on_free = self._claimer.claim_due
         # Runs whose journals are being read, with the answers of children that arrive meanwhile.
         self._loading: dict[int, tuple[Run, list[Entry]]] = {}
         self.outcomes = Outcomes(self._services)
@@ -351,7 +351,7 @@ class Worker:
                 self.outcomes.notify(run.id, outcome)
 
         self._services.posts.post(op, on_ended)
-        self._limits.places.taken[run.flow] -= 1
+        self._limits.flow_slots.taken[run.flow] -= 1
         self._limits.capacity.release()
         self.loop.call_soon(self._claimer.claim_due)
         self._limits.slots.release()
@@ -365,8 +365,8 @@ class Worker:
         services = self._services
         self.executions.pop(run.id, None)
         self._limits.slots.committing -= 1
-        if execution.has_place:
-            self._limits.places.leave(run.flow, execution.flow.options.concurrency)
+        if execution.has_flow_slot:
+            self._limits.flow_slots.release(run.flow, execution.flow.options.concurrency)
         self._limits.capacity.release()
         # First of all: the last log line must not be tagged as a replay.
         execution.detach()

@@ -1,4 +1,4 @@
-"""The limits of a worker by themselves: places of a flow, and the gate of crash suspects."""
+"""The limits of a worker by themselves: slots of a flow, and the gate of crash suspects."""
 
 import asyncio
 from collections import Counter
@@ -7,7 +7,7 @@ import pytest
 
 from eventflow import App, flow, sleep, task
 from eventflow.core.errors import RunCancelled
-from eventflow.engine.limits import MAX_SUSPECTS, CrashSuspectGate, FlowPlaces
+from eventflow.engine.limits import MAX_SUSPECTS, CrashSuspectGate, FlowSlots
 from eventflow.testing import VirtualClock, running
 from tests.conftest import eventually
 
@@ -15,23 +15,23 @@ pytestmark = pytest.mark.anyio
 
 
 def test_a_run_that_works_again_goes_before_new_ones() -> None:
-    """While a run waits to return to its place, no place is free for a claim; the claim under way
+    """While a run waits to get a slot again, no slot is free for a claim; the claim under way
     keeps its own until it has ended.
     """
-    places = FlowPlaces(Counter({"f": 1}))
+    slots = FlowSlots(Counter({"f": 1}))
     returned: list[str] = []
-    places.begin_claim({"f": 1})
-    assert not places.take("f", 2, lambda: returned.append("first"))
-    assert places.free("f", 2) == 0
+    slots.begin_claim({"f": 1})
+    assert not slots.take("f", 2, lambda: returned.append("first"))
+    assert slots.free("f", 2) == 0
     assert returned == []
-    places.end_claim(lambda _: 2)  # nothing was claimed
-    assert returned == ["first"] and places.taken["f"] == 2
-    assert not places.take("f", 2, lambda: returned.append("second"))
-    places.leave("f", 2)
-    assert returned == ["first", "second"] and places.free("f", 2) == 0
+    slots.end_claim(lambda _: 2)  # nothing was claimed
+    assert returned == ["first"] and slots.taken["f"] == 2
+    assert not slots.take("f", 2, lambda: returned.append("second"))
+    slots.release("f", 2)
+    assert returned == ["first", "second"] and slots.free("f", 2) == 0
 
 
-async def test_a_run_that_is_cancelled_while_it_waits_for_its_place_harms_no_other() -> None:
+async def test_a_run_that_is_cancelled_while_it_waits_for_its_slot_harms_no_other() -> None:
     """With `concurrency=1`, the slot that a cancelled run no longer needs goes to the next run, and
     callers that wait for the result of the run that released it get it.
     """
@@ -50,13 +50,13 @@ async def test_a_run_that_is_cancelled_while_it_waits_for_its_place_harms_no_oth
             await sleep(1)
         return await hold(name)
 
-    app, clock = App("places"), VirtualClock()
+    app, clock = App("slots"), VirtualClock()
     app.add(one)
     async with running(app, clock=clock), asyncio.timeout(20):
         first = await app.start(one, name="first")
         second = await app.start(one, name="second")
-        await eventually(lambda: began == ["second"], "the second run has the place")
-        await clock.advance(1)  # the first run waits for a place
+        await eventually(lambda: began == ["second"], "the second run has the slot")
+        await clock.advance(1)  # the first run waits for a slot
         third = await app.start(one, name="third")
         await first.cancel("enough")
         with pytest.raises(RunCancelled, match="enough"):
@@ -84,7 +84,7 @@ async def test_an_exclusive_body_waits_for_its_time_and_others_do_not() -> None:
 
 
 async def test_two_exclusive_bodies_do_not_wait_for_each_other() -> None:
-    """Two that come while all places are taken both get their turn, one after the other, alone."""
+    """Two that come while all slots are taken both get their turn, one after the other, alone."""
     gate = CrashSuspectGate()
     at_work: list[str] = []
     order: list[str] = []
