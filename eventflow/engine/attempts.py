@@ -195,7 +195,7 @@ class Attempts(msgspec.Struct, eq=False):
     def _guarded(self, step: Callable[..., None], *args: Any) -> None:
         try:
             step(*args)
-        except BaseException as fault:  # ours, or of a callable that the app gave its Retry
+        except BaseException as fault:  # a defect of ours, or a callable in the app's Retry
             self._carry_out(ReportFault(fault))
 
     # ----------------------------------------------------------------- limits

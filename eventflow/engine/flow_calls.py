@@ -278,7 +278,7 @@ def answer(call: Call, entry: Entry, services: WorkerServices, journal: Journal)
             value = _decode(call, entry, services)
         except ResultsUnavailable:
             return retry_later(services, journal)
-        except BaseException as error:  # the code reads another type than was stored; it stays
+        except BaseException as error:  # the code expects another type; the stored value stays
             return NeedsAttention(
                 f"{call.call_key}: the recorded value cannot be read back: {error_text(error)}"
             )

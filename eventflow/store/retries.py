@@ -170,9 +170,9 @@ def _renew_retries(tx: Transaction, row: RunRow, due_at: int) -> None:
 def _clear_errors(
     tx: Transaction, run: int, *, has_failed: bool, kept: Collection[str] = ()
 ) -> set[str]:
-    """ERROR entries become CLEARED, but for those of the `kept` calls; the entries of a cancel, a
-    timeout and the running time are deleted, and if the run `has_failed`, those of the timeouts of
-    blocks that the flow got last. Returns the call keys of the errors.
+    """ERROR entries become CLEARED, except those of the `kept` calls. The entries of a cancel, of
+    the run's timeout and of the running time are deleted; if the run `has_failed`, also those of
+    `_last_timeouts`. Returns the call keys of the cleared errors.
     """
     entries = load_journal(tx.connection, run)
     errors = [e for e in entries if e.kind is Kind.ERROR and e.call_key not in kept]
@@ -200,8 +200,8 @@ def _clear_errors(
 
 
 def _last_timeouts(entries: Sequence[Entry]) -> list[str]:
-    """The call keys of the timeouts of blocks after whose end the flow has received no value: they
-    ended what failed.
+    """The call keys of the blocks' timeouts after which the flow has received no value, so that
+    they may have ended the failed attempt.
     """
     received = [entry for entry in entries if entry.kind.is_final and entry.kind is not Kind.ERROR]
     last = max((entry.batch for entry in received), default=0)

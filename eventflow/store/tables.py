@@ -234,7 +234,7 @@ class JournalRows:
         commit = self._commit
         entry.batch = commit.batch
         entry.position = self._position
-        entry.at = entry.at or commit.now  # a run's time is the wall clock's, and only grows
+        entry.at = entry.at or commit.now  # a run's time is the wall clock's
         self._position += 1
         self.added.append(rows.entry_row(run, entry))
         self.unseen.add(run)

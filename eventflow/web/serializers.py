@@ -246,7 +246,7 @@ def _retries(row: Mapping[str, Any], journal: Iterable[Entry]) -> dict[str, Any]
         count: dict[str, int] = orjson.loads(entry.value or b"{}")
         attempt = count.get("attempt")
         details = error(entry.error, traceback=False, limit=MAX_LISTED_CHARS) or {}
-        if attempt is None:  # retried by hand: the retries begin anew
+        if attempt is None:  # retried by hand: all retries are left again
             retry = None
         else:
             due = instant(entry.due_at) if _awaits_retry(row) else None
