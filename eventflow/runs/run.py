@@ -14,10 +14,10 @@
     PAUSED   resume, retry    ─► PENDING
     FAILED, CANCELLED, DEAD, HELD  retry (keeps values, drops errors) ─► PENDING
 
-`cancel` moves a run that has not begun, or is PAUSED or HELD, to CANCELLED at once. A RUNNING run is
-notified; a begun run that is WAITING or PENDING becomes PENDING, due now, with the cancel in its
-journal. Both end in the outcome that they reach. Each arrow is one method of the store (store/protocol.py).
-Leaving RUNNING needs the token of the claim: a stale token writes nothing.
+`cancel` moves a run that has not begun, or is PAUSED or HELD, to CANCELLED at once. A RUNNING run
+is notified; a begun run that is WAITING or PENDING becomes PENDING, due now, with the cancel in its
+journal. Both end in the outcome that they reach. Each arrow is one method of the store
+(store/protocol.py). Leaving RUNNING needs the token of the claim: a stale token writes nothing.
 """
 
 import threading

@@ -45,7 +45,7 @@ _HAZARDS: Mapping[str, str] = {
 
 
 class Hazard(NamedTuple):
-    """`name` such as `datetime.datetime.now`, `replacement` to write instead, `at` file and line."""
+    """`name` such as `time.time`, `replacement` to write instead, `at` file and line."""
 
     name: str
     replacement: str
