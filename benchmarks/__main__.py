@@ -3,7 +3,7 @@
     python -m benchmarks [W1 W2 …] [--quick] [--rounds N] [--loop uvloop | asyncio] [--gate]
     python -m benchmarks [W1 W2 …] --against DIR   # another checkout, see compare.py
     python -m benchmarks path     # files and function calls that one event takes, see path.py
-    python -m benchmarks peers    # beside DBOS and Prefect, see peers.py
+    python -m benchmarks peers    # compared with DBOS and Prefect, see peers.py
     python -m benchmarks costs    # what a filter, a key, an emit … add to a run, see costs.py
     python -m benchmarks instructions   # machine instructions per run, see instructions.py
 

@@ -28,8 +28,6 @@ from eventflow.logs.capture import configure
 from eventflow.server.server import tune_interpreter
 
 COLUMNS = "{:<58} {:>10} {:>10} {:>10}"
-KEYS = 97
-"""Values of `amount` in the load's events, and so of the ordering key."""
 
 
 class CountingSink:

@@ -1,4 +1,4 @@
-"""eventflow beside the limit loop and beside other durable orchestrators, in one run.
+"""Compares eventflow with the limit loop and with other durable orchestrators, in one run.
 
     python -m benchmarks peers [--quick] [--rounds N] [--no-install]
 
