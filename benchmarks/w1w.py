@@ -1,5 +1,5 @@
-"""W1w: W1 with a task that waits once, for one turn of the event loop or for a millisecond; the limit
-loop has the same tasks.
+"""W1w: W1 with a task that waits once, for one turn of the event loop or for a millisecond; the
+limit loop has the same tasks.
 """
 
 import asyncio
