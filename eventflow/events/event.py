@@ -252,7 +252,7 @@ class Receipt(msgspec.Struct, frozen=True):
     event with this identity and other content was recorded before, so this one starts nothing and
     becomes a dead letter; `digests`
     are the hex digests of the recorded and of this content. `matched`: the number of runs it
-    started.
+    started. `verdicts`: JSON, if its commit decided them: the event joined windows or patterns.
     """
 
     ledger_id: int
@@ -261,6 +261,7 @@ class Receipt(msgspec.Struct, frozen=True):
     conflict: bool = False
     matched: int = 0
     digests: tuple[str, str] | None = None
+    verdicts: bytes | None = None
 
     @property
     def id_text(self) -> str:

@@ -38,7 +38,7 @@ def result_text(arrival: Arrival, receipt: Receipt) -> str:
         return "known with other content: starts nothing"
     if receipt.duplicate:
         return "known already: starts nothing"
-    verdicts: list[list[Any]] = orjson.loads(arrival.verdicts)
+    verdicts: list[list[Any]] = orjson.loads(receipt.verdicts or arrival.verdicts)
     if not verdicts:
         return f"no subscription accepts {arrival.type}: starts nothing"
     flows = {run.id: run.flow for run in arrival.runs}
@@ -52,7 +52,7 @@ def _verdict_text(
     subscription: str, outcome: str, detail: Any, flows: dict[int, str], *, many: bool
 ) -> str:
     if isinstance(detail, int):
-        verb = {"run": "starts", "paused": "paused, for"}.get(outcome, outcome)
+        verb = {"run": "starts", "paused": "paused, for", "batched": "joins"}.get(outcome, outcome)
         return f"{verb} {flows.get(detail, subscription)}, run {format_id(detail)[-4:]}"
     who = f" by {subscription}" if many and subscription else ""
     return f"{outcome}{who}: {detail}"

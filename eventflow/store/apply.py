@@ -155,10 +155,12 @@ def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
     """
     if (first := tx.events.firsts.get(arrival.id)) is not None:
         return _count_duplicate(tx, arrival, first)
+    verdicts = None
     if arrival.batch_policies or arrival.pattern_events:
         arrival = _join_others(tx, arrival)
+        verdicts = arrival.verdicts
     deliver(tx, arrival, arrival.id)
-    return Receipt(arrival.id, arrival.event_id, False, False, len(arrival.runs))
+    return Receipt(arrival.id, arrival.event_id, False, False, len(arrival.runs), None, verdicts)
 
 
 def _count_duplicate(tx: Transaction, arrival: Arrival, first: KnownEvent) -> Receipt:

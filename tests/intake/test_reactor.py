@@ -15,7 +15,7 @@ import httpx2
 import orjson
 import pytest
 
-from eventflow import App, flow
+from eventflow import App, Batch, flow
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import StoreError, StoreFull
 from eventflow.events.event import Event, Receipt
@@ -352,6 +352,28 @@ def test_the_line_of_a_received_event_names_its_subject(
 
     caplog.set_level("INFO")
     asyncio.run(main())
+
+
+async def together(n: int) -> None: ...
+
+
+def test_the_line_of_a_batched_event_names_its_run(caplog: pytest.LogCaptureFixture):
+    """The second event of a window is logged with the run that it joined, which exists."""
+
+    async def main() -> None:
+        events = MemoryTrigger("m")
+        app = App("shop")
+        app.on(events, flow(together), deliver=Batch(10, within=60))
+        async with running(app):
+            app.runtime.reactor.logs_received = True
+            await events.send(data={"n": 1})
+            await events.send(data={"n": 2})
+
+    caplog.set_level("INFO")
+    asyncio.run(main())
+    first, second = [each for each in caplog.messages if "event.received" in each]
+    assert "starts together, run " in first and "joins m/together, run " in second
+    assert first.rpartition("run ")[2] == second.rpartition("run ")[2]
 
 
 def test_p8_accept_raises_after_max_wait(tmp_path: Path):
