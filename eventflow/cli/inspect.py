@@ -330,7 +330,12 @@ def explain(event: str, as_json: bool, location: LedgerLocation) -> None:
 
 @command("logs")
 @click.argument("run", required=False)
-@click.option("--follow", "-f", is_flag=True, help="Continue until the run has ended.")
+@click.option(
+    "--follow",
+    "-f",
+    is_flag=True,
+    help="Continue until the run has ended; then its state is printed to stderr.",
+)
 @ledger_options
 def logs(run: str | None, follow: bool, as_json: bool, location: LedgerLocation) -> None:
     """Print what a run's flow and tasks logged and printed; without RUN, of the last run.
@@ -363,6 +368,9 @@ async def _print_logs(
             if not page["lines"] and (page["settled"] or not follow):
                 if not after:
                     note(f"run {page['run']} logged nothing")
+                if follow:
+                    state = (await api.get(f"/api/runs/{quoted(page['run'])}"))["state"]
+                    note(f"run {page['run']} is {state}; eventflow show {page['run']}")
                 return
             if not page["lines"]:
                 await asyncio.sleep(0.3)

@@ -279,7 +279,9 @@ def event_text(event: Mapping[str, Any], width: int | None = None) -> str:
         for verdict in event["verdicts"]
     ]
     columns = ("subscription", "verdict", "run", "state", "why")
-    verdicts = table(rows, columns, "no subscription accepts events of this type", width=width)
+    verdicts = table(
+        rows, columns, "no subscription accepts events of this type", width=width, reason_lines=6
+    )
     return f"{head}\n\n{verdicts}"
 
 

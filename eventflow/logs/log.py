@@ -332,7 +332,8 @@ def _exception_of(exc_info: Any) -> BaseException | None:
 def _stored_line(
     context: LogContext, level: int, logger: str, now: int, data: dict[str, Any]
 ) -> LogLine:
-    fields = {key: value for key, value in data.items() if key not in _RESERVED}
+    kept = _RESERVED if context.task else _RESERVED - {"attempt"}  # of a flow, a field as others
+    fields = {key: value for key, value in data.items() if key not in kept}
     return LogLine(
         context.run,
         now,

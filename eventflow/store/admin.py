@@ -29,7 +29,7 @@ from eventflow.store.apply import deliver, drop_journal
 from eventflow.store.late_runs import note_retry
 from eventflow.store.patterns import make_due
 from eventflow.store.protocol import Arrival
-from eventflow.store.rerun import end_wait, rerun
+from eventflow.store.rerun import end_wait, live_child, rerun
 from eventflow.store.retries import (
     RETRYABLE,
     answer_parent,
@@ -57,7 +57,9 @@ def retry(tx: Transaction, run: int, *, discard_journal: bool) -> Callable[[], R
         end_wait(tx, row)
         return lambda: _load_run(tx, row)
     if row.state not in RETRYABLE:
-        raise UsageError(f"run {format_id(run)} is {row.state.label}; {_RETRY_HINT}")
+        child = live_child(tx, row)
+        also = f", with its child run {child} (eventflow show {child})" if child else ""
+        raise UsageError(f"run {format_id(run)} is {row.state.label}{also}; {_RETRY_HINT}")
     _make_pending(tx, row, discard_journal=discard_journal)
     return lambda: _load_run(tx, row)
 

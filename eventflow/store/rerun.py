@@ -88,17 +88,21 @@ def _waiting_attempts(entries: Sequence[Entry]) -> list[Entry]:
 
 def _what_for(tx: Transaction, row: RunRow) -> str:
     """Why a run without a waiting retry cannot start now."""
-    children = tx.connection.execute(
-        "SELECT id FROM runs WHERE parent = ? AND state < 4 ORDER BY id LIMIT 1", (row.id,)
-    ).fetchall()
-    if children:
-        child = format_id(children[0][0])
+    if (child := live_child(tx, row)) is not None:
         return f"for its child run {child}, not for a retry; eventflow show {child}"
     if row.due_at == NEVER:
         return "and nothing of it waits for a retry; eventflow cancel ends it"
     return (
         "until its flow's own sleep or timeout is over, not for a retry; sleeps are not cut short"
     )
+
+
+def live_child(tx: Transaction, row: RunRow) -> str | None:
+    """The id of the run's first child that has not ended."""
+    found = tx.connection.execute(
+        "SELECT id FROM runs WHERE parent = ? AND state < 4 ORDER BY id LIMIT 1", (row.id,)
+    ).fetchone()
+    return None if found is None else format_id(found[0])
 
 
 # --------------------------------------------------------------------------- repeat from a call

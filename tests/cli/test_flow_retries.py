@@ -31,9 +31,14 @@ async def pay(n: int) -> str:
 async def order(n: int) -> str:
     return await pay(n)
 
+@flow
+async def outer(n: int) -> str:
+    return await order(n)
+
 app = App("shop")
 app.on("order.placed", order)
 app.add(pay)
+app.add(outer)
 """
 
 
@@ -85,6 +90,7 @@ def test_every_view_names_the_next_attempt_and_the_reason(shop: EventflowProcess
     assert "FAILED ATTEMPT" in shown.upper() and "s3cr3t-value" not in shown
     for words in (("ls",), ("explain", "o-1")):
         assert f"retry in 9 min; {why}" in _text(shop, *words)
+    assert "attempt=1 attempts=4" in _text(shop, "logs", run["id"])
     assert "retried with its parent" in _text(shop, "ls", "--flow", "pay")
     assert 'outcome="retried"' in shop.client.get("/metrics").text
     (shop.folder / "up").touch()
@@ -107,3 +113,15 @@ def test_a_waiting_run_is_cancelled_by_hand(shop: EventflowProcess):
         "both are cancelled",
     )
     assert shop.get(f"/api/runs/{run['id']}")["reason"] == "enough"
+
+
+def test_a_parent_and_what_it_waits_for(shop: EventflowProcess):
+    """`retry` of a run that awaits its child names the child; `logs -f` ends with the state."""
+    parent = shop.start("outer", n=3)
+    child = _waiting(shop, 2)["id"]
+    done = eventflow(shop.folder, "retry", parent)
+    assert done.returncode == 2 and child in done.stderr, done.stderr
+    (shop.folder / "up").touch()
+    _text(shop, "retry", child)
+    done = eventflow(shop.folder, "logs", parent, "-f")
+    assert f"run {parent} is completed" in done.stderr, done.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from eventflow.cli.inspect import gauge_text
 from eventflow.cli.output import table
+from eventflow.cli.run_text import event_text
 from eventflow.core.clock import SystemClock, duration_text
 from eventflow.logs.progress import Progress
 from eventflow.runs.run import Ids, format_id
@@ -257,6 +258,16 @@ def test_a_long_detail_is_wrapped_below_its_row():
         "    sums hold: 1,975 events, 4,012 runs,",
         "    1 dead",
     ]
+
+
+def test_explain_prints_the_whole_reason():
+    """Why an event could not be bound is not cut at the width of the terminal."""
+    why = "flow 'order' cannot bind parameter 'order': Expected `str`, got `int` - at `$.order.id`"
+    verdict = {"subscription": "webhook-orders/order", "outcome": "invalid", "reason": why}
+    fields = dict.fromkeys(("type", "source", "subject", "trigger", "conflicts", "event"))
+    event = {"id": "e", "event_id": "e", "received_at": "2026-01-31T08:00:00Z", "duplicates": 0}
+    text = event_text({**fields, **event, "verdicts": [verdict]}, 80)
+    assert " ".join(text.split()).endswith(why) and max(map(len, text.splitlines())) <= 80
 
 
 def test_gauges_are_readable():
