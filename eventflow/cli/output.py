@@ -40,6 +40,7 @@ _COLOURS = {
     "queued": "cyan",
     "running": "cyan",
     "waiting": "cyan",
+    "warning": "yellow",
 }
 """By the state of a run, a call, a trigger or a check, and by verdict."""
 

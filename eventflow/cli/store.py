@@ -70,14 +70,16 @@ def doctor(accept_loss: bool, as_json: bool, location: LedgerLocation) -> int:
     if not any(finding.code for finding in findings):
         findings += asyncio.run(_store(location, accept_loss))
     rows = [{"check": f.check, "ok": f.ok, "detail": f.detail} for f in findings]
-    lines = [{"check": f.check, "ok": _status_text(f.ok), "detail": f.detail} for f in findings]
+    lines = [{"check": f.check, "ok": _status_text(f), "detail": f.detail} for f in findings]
     text = table(lines, ("check", "ok", "detail"), "", width=terminal_width(), reason_lines=4)
     write_result({"ok": all(f.ok is not False for f in findings), "findings": rows}, as_json, text)
     return next((f.code for f in findings if f.code), 0)
 
 
-def _status_text(ok: bool | None) -> str:
-    return "-" if ok is None else "ok" if ok else "failed"
+def _status_text(finding: DoctorFinding) -> str:
+    if finding.ok is None:
+        return "-"
+    return "ok" if finding.ok else "failed" if finding.code else "warning"
 
 
 def _python() -> DoctorFinding:

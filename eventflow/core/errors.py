@@ -80,6 +80,8 @@ class EmptySecret(UsageError):
 
     def __init__(self, where: str, source: str) -> None:
         found = f"{source} empty or unset; set it before starting"
+        if source.startswith("$"):
+            found += ", or write it to ./.env, which the eventflow command reads"
         if source == "None":  # of `os.getenv`
             found = 'None; write env("NAME"), which is read when the app starts'
         super().__init__(f"{where}: expected a secret, found {found}")
@@ -177,7 +179,8 @@ class ArgumentsChanged(RunError):
         return (
             f"{self.call_key} was recorded with other arguments ({self.diff}). If the code did not "
             "change, there is random, time, a set or a global in the flow: use "
-            "current_run().random / .now, sort the set. If it did, deploy the code that recorded "
+            "current_run().random / .now, sort the set; or a flow with retries= calls the task in "
+            "an `except` block too: give the task a key=. If it did, deploy the code that recorded "
             'it, or give the task on_changed="rerun" or on_changed="accept". Then retry the run; '
             "`eventflow retry RUN --from-scratch` discards what was recorded"
         )
@@ -389,7 +392,7 @@ class NotFound(StoreError):
     exit_code = 5
 
     def __init__(self, kind: str, ident: str, hint: str | None = None) -> None:
-        listed = "dead" if kind == "dead letter" else f"{kind}s"
+        listed = "dead-letters" if kind == "dead letter" else f"{kind}s"
         hint = hint or f"`eventflow ls {listed}` lists what there is"
         super().__init__(f"no {kind} matches {ident!r}; {hint}")
 

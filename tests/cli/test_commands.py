@@ -207,6 +207,7 @@ def test_doctor_and_backup(shop: EventflowProcess):
         str(shop.process.pid) in found["lock"]["detail"]
         and "webhook-orders" in found["webhooks"]["detail"]
     )
+    assert "warning" in eventflow(shop.folder, "doctor", "--app", "shop.py").stdout
     copy = shop.folder / "copy.sqlite"
     assert eventflow(shop.folder, "backup", copy.name).returncode == 0 and copy.stat().st_size > 0
     assert eventflow(shop.folder, "backup", copy.name).returncode == 2

@@ -38,7 +38,7 @@ TARGETS: dict[str, tuple[str, str, int, str]] = {
         "app = App('a')\napp.on(Webhook('/x', verify=GitHub(secret=env('NOT_SET'))), f)\n",
         "app.py",
         3,
-        "$NOT_SET empty or unset",
+        "$NOT_SET empty or unset; set it before starting, or write it to ./.env",
     ),
     "bad filter": (
         APP + "@flow\nasync def f(): pass\napp = App('a')\napp.on('x', f, where={'a': "
@@ -249,7 +249,9 @@ def test_nothing_there(tmp_path: Path):
         assert done.returncode == 5, (args, done.stderr)
     for ident in ("7", "99999999999999999999", "²"):
         done = eventflow(tmp_path, "redrive", ident, "--app", "app.py")
-        assert done.returncode == 5 and "`eventflow ls dead` lists" in done.stderr, done.stderr
+        assert done.returncode == 5 and "`eventflow ls dead-letters` lists" in done.stderr, (
+            done.stderr
+        )
     for args in (("show", ""), ("retry", ""), ("pause", "")):
         done = eventflow(tmp_path, *args)
         assert done.returncode == 2 and "found an empty text" in done.stderr, (args, done.stderr)

@@ -186,7 +186,9 @@ class Listener:
         if identity is None:
             is_there = await self._context.run_blocking(os.path.lexists, self._context.tree.root)
             self._on_root_missing(
-                "it is not a readable directory" if is_there else "it does not exist"
+                "it is not a readable directory"
+                if is_there
+                else "it does not exist; create or mount it"
             )
             return
         is_unwatched = (
