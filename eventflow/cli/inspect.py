@@ -352,7 +352,7 @@ async def _print_logs(
     names_zone = sys.stdout.isatty() and not as_json
     after = 0
     async with open_api(location) as api:
-        follow = follow and api.live  # without a server nothing more will come
+        waits = follow and api.live  # without a server nothing more will come
         run = await _last_run(api) if run is None else run
         while True:
             page = await api.get(f"/api/runs/{quoted(run)}/logs", after=after, limit=1000)
@@ -365,12 +365,13 @@ async def _print_logs(
                     click.echo(orjson.dumps(_log_record(line)).decode())
                 else:
                     write_text(format_line(_log_record(line), style))
-            if not page["lines"] and (page["settled"] or not follow):
+            if not page["lines"] and (page["settled"] or not waits):
                 if not after:
                     note(f"run {page['run']} logged nothing")
                 if follow:
                     state = (await api.get(f"/api/runs/{quoted(page['run'])}"))["state"]
-                    note(f"run {page['run']} is {state}; eventflow show {page['run']}")
+                    alone = "" if api.live else ", and no server is running"
+                    note(f"run {page['run']} is {state}{alone}; eventflow show {page['run']}")
                 return
             if not page["lines"]:
                 await asyncio.sleep(0.3)

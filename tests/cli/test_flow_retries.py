@@ -125,3 +125,12 @@ def test_a_parent_and_what_it_waits_for(shop: EventflowProcess):
     _text(shop, "retry", child)
     done = eventflow(shop.folder, "logs", parent, "-f")
     assert f"run {parent} is completed" in done.stderr, done.stderr
+
+
+def test_logs_follow_without_a_server(shop: EventflowProcess):
+    """`logs -f` says that the run has not ended when no server is there to continue it."""
+    shop.start("outer", n=4)
+    child = _waiting(shop, 2)["id"]
+    shop.stop()
+    done = eventflow(shop.folder, "logs", child, "-f")
+    assert f"run {child} is waiting, and no server is running" in done.stderr, done.stderr
