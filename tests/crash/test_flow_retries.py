@@ -114,7 +114,8 @@ def _prove_times(folder: Path, store: Path) -> None:
     with closing(sqlite3.connect(store)) as connection:
         assert audit(connection) == []
         notes = connection.execute(
-            "SELECT run, at, due_at FROM journal WHERE call_key = ? AND due_at IS NOT NULL",
+            "SELECT run, at, due_at FROM journal WHERE call_key = ? AND due_at IS NOT NULL "
+            "AND run NOT IN (SELECT id FROM runs WHERE parent NOT NULL)",  # they follow it
             (RETRY_NOTE,),
         ).fetchall()
         children = connection.execute("SELECT parent, id FROM runs WHERE parent NOT NULL")
