@@ -28,12 +28,10 @@ from asyncio import events
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from functools import cached_property
-from threading import get_ident
-from typing import Any, Final, NoReturn, Protocol, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 from eventflow.core.clock import SECOND
 from eventflow.core.errors import OutsideFlowError, UsageError
-from eventflow.core.forks import call_in_forked_children
 from eventflow.core.large_values import LargeValues
 from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.left_behind import close_or_keep
@@ -414,15 +412,11 @@ class FlowLoop(HostedLoop):
         """
         outer = self._outer if self._outer.is_running() else None
         hooks = sys.get_asyncgen_hooks()
-        thread = get_ident()
-        stepping = _STEPPING.by_thread.get(thread)
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._finalize)
-        _STEPPING.by_thread[thread] = self
         try:
             return step(*args)
         finally:
-            _STEPPING.by_thread[thread] = stepping
             sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(outer)
 
@@ -456,7 +450,7 @@ class FlowLoop(HostedLoop):
 
     def is_current(self) -> bool:
         """Whether the caller is flow code, in this thread."""
-        return _STEPPING.by_thread.get(get_ident()) is self
+        return events._get_running_loop() is self
 
     def is_ready(self) -> bool:
         """Whether steps are left: `run_ready` stopped to let the worker's loop run."""
@@ -579,37 +573,19 @@ class FlowLoop(HostedLoop):
         return self._closed
 
 
-class SteppingLoops:
-    """The FlowLoop that executes a step now, by ident of the thread. It is also asyncio's running
-    loop, but asyncio makes a system call to look that up.
-    """
-
-    def __init__(self) -> None:
-        self.by_thread: dict[int, FlowLoop | None] = {}
-        call_in_forked_children(self.forget)
-
-    def forget(self) -> None:
-        """A forked child executes no step, even if it was forked in one."""
-        self.by_thread.clear()
-
-
-_STEPPING: Final = SteppingLoops()
-
-
 def flow_loop(task_name: str) -> FlowLoop | None:
     """The FlowLoop that the caller runs on; None outside a run and in task bodies.
 
     Raises OutsideFlowError in a thread, on another event loop and after the run has settled.
     """
-    stepping = _STEPPING.by_thread.get(get_ident())
-    if stepping is not None:
-        return stepping
+    loop = events._get_running_loop()
+    if type(loop) is FlowLoop:
+        return loop
     inside = _inside.get()
     if inside is None:
         return None
     if inside.is_closed():
         raise OutsideFlowError(task_name, "a run that is already settled")
-    loop = events._get_running_loop()
     raise OutsideFlowError(task_name, "a thread" if loop is None else "another event loop")
 
 
