@@ -69,6 +69,7 @@ LAZY = (
     "asyncpg",
     "numpy",
     "scipy",
+    "structlog",
     "uvicorn",
     "watchfiles",
     "pydantic",

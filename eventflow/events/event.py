@@ -310,7 +310,7 @@ class Intake(Protocol):
 
     @property
     def log(self) -> Any:
-        """A structlog logger, bound to the trigger's name."""
+        """A logger with the methods of structlog's, bound to the trigger's name."""
         ...
 
 

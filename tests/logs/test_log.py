@@ -172,6 +172,26 @@ def test_bound_fields_and_levels(configured: LogConfiguration, stream: io.Buffer
     assert {line["trigger"] for line in lines(configured, stream)} == {"orders"}
 
 
+def test_bound_loggers_are_bound_as_those_of_structlog(
+    configured: LogConfiguration, stream: io.BufferedWriter
+):
+    """`bind`, `unbind`, `try_unbind` and `new` do as in structlog: each returns another logger."""
+    log = get_logger("shop").bind(cart=1, step="pay")
+    log.unbind("step").info("unbound")
+    log.try_unbind("step", "absent").info("unbound")
+    with pytest.raises(KeyError, match="absent"):
+        log.unbind("absent")
+    log.new(step="ship").info("new")
+    log.info("bound")
+    keys = ("event", "cart", "step")
+    assert [tuple(line.get(key) for key in keys) for line in lines(configured, stream)] == [
+        ("unbound", 1, None),
+        ("unbound", 1, None),
+        ("new", None, "ship"),
+        ("bound", 1, "pay"),
+    ]
+
+
 def test_lines_below_the_level_are_not_made(
     stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
