@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 SECOND = 1_000_000
 """Microseconds per second."""
@@ -89,18 +89,51 @@ class Clock(Protocol):
         ...
 
 
+class Moment(NamedTuple):
+    """One instant on both clocks. A wait that is computed from it lasts as long as computed, even
+    if the wall clock is set before the timer is.
+    """
+
+    wall: int
+    """Microseconds since the epoch."""
+    monotonic: float
+
+    def time_left(self, clock: Clock, due_us: int) -> int:
+        """Microseconds until `timer_at` calls for this due time; negative when it is past."""
+        return due_us - self.wall - int((clock.monotonic() - self.monotonic) * SECOND)
+
+
+def read_moment(clock: Clock, *, not_before: int = 0) -> Moment:
+    """This instant. `not_before`: the wall time to use while the wall clock is behind it."""
+    wall = clock.now()  # first: then a wait is too long by what passes in between, never too short
+    return Moment(max(wall, not_before), clock.monotonic())
+
+
+def timer_at(
+    clock: Clock,
+    loop: asyncio.AbstractEventLoop,
+    due_us: int,
+    since: Moment,
+    call: Callable[[], None],
+) -> Timer:
+    """Call `call` on `loop` once as much time has passed since `since` as `due_us` is later than
+    it, whatever happens to the wall clock.
+
+    For due times that were computed in this process. A clock without a method `monotonic_timer` has
+    one time only, like `VirtualClock`.
+    """
+    monotonic_timer = getattr(clock, "monotonic_timer", None)
+    if monotonic_timer is None:
+        return clock.timer(loop, due_us, call)
+    return monotonic_timer(loop, since.monotonic + (due_us - since.wall) / SECOND, call)
+
+
 def timer_after(
     clock: Clock, loop: asyncio.AbstractEventLoop, duration_us: int, call: Callable[[], None]
 ) -> Timer:
-    """Call `call` on `loop` once `duration_us` has passed, whatever happens to the wall clock.
-
-    For durations inside of one process: timeouts, delays. A clock without a method `after` has one
-    time only, like `VirtualClock`.
-    """
-    after = getattr(clock, "after", None)
-    if after is None:
-        return clock.timer(loop, clock.now() + duration_us, call)
-    return after(loop, duration_us, call)
+    """Call `call` on `loop` once `duration_us` has passed, whatever happens to the wall clock."""
+    since = read_moment(clock)
+    return timer_at(clock, loop, since.wall + duration_us, since, call)
 
 
 async def sleep_until(clock: Clock, due_us: int) -> None:
@@ -149,11 +182,11 @@ class SystemClock:
     ) -> Timer:
         return _SteppedTimer(self, loop, due_us, call)
 
-    def after(
-        self, loop: asyncio.AbstractEventLoop, duration_us: int, call: Callable[[], None]
+    def monotonic_timer(
+        self, loop: asyncio.AbstractEventLoop, due: float, call: Callable[[], None]
     ) -> Timer:
-        """For `timer_after`."""
-        return _MonotonicTimer(self, loop, self.monotonic() + duration_us / SECOND, call)
+        """Call `call` on `loop` once `monotonic() >= due`. For `timer_at`."""
+        return _MonotonicTimer(self, loop, due, call)
 
 
 class _SteppedTimer:

@@ -26,7 +26,7 @@ class StartAttempt(msgspec.Struct, frozen=True, gc=False):
 
 class SetTimer(msgspec.Struct, frozen=True, gc=False):
     """At `due`, microseconds: start the call's next attempt, or record that the timer or the signal
-    fired.
+    fired. `target.since` is the moment from which `due` was computed.
     """
 
     target: TaskCall | FlowTimer | ControlSignal

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from eventflow.core.clock import Clock, microseconds, timer_after
+from eventflow.core.clock import Clock, microseconds, read_moment, timer_after
 from eventflow.core.errors import ANY_FAILURE, TaskTimedOut, error_text, value_or_none
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.engine.actions import (
@@ -337,7 +337,8 @@ class Attempts(msgspec.Struct, eq=False):
                     arrivals.append(arrival)
             self._run_hook(options.on_failure, error)
         else:
-            entry.due_at = services.clock.now() + microseconds(delay)
+            call.since = read_moment(services.clock)
+            entry.due_at = call.since.wall + microseconds(delay)
             self._run_hook(options.on_retry, error, delay)
         self._carry_out(AppendEntry(entry, arrivals))
         if delay == 0 and not services.draining:

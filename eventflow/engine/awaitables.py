@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import orjson
 
+from eventflow.core.clock import Moment
 from eventflow.loop.flow_loop import FlowTimer
 from eventflow.loop.unawaited import CallSite
 from eventflow.sdk.flow import Flow
@@ -51,15 +52,16 @@ class EmitCall:
 
 
 class ControlSignal:
-    """A cancel or the run's own timeout, recorded and then delivered in its turn. `due`:
-    microseconds, for a timeout.
+    """A cancel or the run's own timeout, recorded and then delivered in its turn. For a timeout:
+    `due`, in microseconds, which was computed from `since`.
     """
 
-    __slots__ = ("call_key", "due", "handle")
+    __slots__ = ("call_key", "due", "handle", "since")
 
-    def __init__(self, call_key: str, due: int | None = None) -> None:
+    def __init__(self, call_key: str, due: int | None = None, since: Moment | None = None) -> None:
         self.call_key = call_key
         self.due = due
+        self.since = since
         self.handle: Any = None  # the timer, for a timeout
 
 

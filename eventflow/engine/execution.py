@@ -20,7 +20,7 @@ from typing import Any, assert_never
 import msgspec
 import orjson
 
-from eventflow.core.clock import SECOND, timer_after
+from eventflow.core.clock import SECOND, read_moment, timer_at
 from eventflow.core.errors import StoreError, error_line
 from eventflow.engine.actions import (
     AbandonAttempt,
@@ -248,7 +248,7 @@ class Execution(FlowCalls):
                 and not self.services.draining
                 and CANCEL_KEY not in pending.waiting
             ):
-                for action in pending.start_new(self.services.clock.now):
+                for action in pending.start_new(partial(read_moment, self.services.clock)):
                     self.carry_out(action)
         elif not writer.is_committing:
             emissions: Sequence[AppendEntry] = ()
@@ -297,13 +297,10 @@ class Execution(FlowCalls):
             case AppendEntry():
                 self.writer.append(action.entry, action.arrivals)
             case SetTimer(target, due):
+                clock = services.clock
+                since = target.since or read_moment(clock)
                 fire = partial(self._on_timer, target)
-                now = services.clock.now()
-                if not isinstance(target, TaskCall):
-                    # In the flow's time, which does not go back when the wall clock is set back.
-                    now = max(now, self.pending.now)
-                delay = max(0, due - now)
-                target.handle = timer_after(services.clock, services.loop, delay, fire)
+                target.handle = timer_at(clock, services.loop, due, since, fire)
             case CancelTimer(handle):
                 handle.cancel()
             case AbandonAttempt(call):
@@ -367,8 +364,8 @@ class Execution(FlowCalls):
             return
         if not isinstance(target, TaskCall):
             entry = Entry(call_key=target.call_key, kind=Kind.TIMER, due_at=target.due)
-            if target.due is not None and target.due > self.services.clock.now():
-                entry.at = target.due  # the wall clock was set back: the flow's time passes
+            # Also if the wall clock was set back, the flow's time reaches the due time.
+            entry.at = max(self.services.clock.now(), target.due or 0)
             self.writer.append(entry)
         elif not self.run_end.is_open or self.services.draining:
             return

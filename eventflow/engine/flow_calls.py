@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+from eventflow.core.clock import Moment
 from eventflow.core.declarations import format_location
 from eventflow.core.errors import ResultsUnavailable, error_text
 from eventflow.engine.actions import Action, AppendEntry, EndRun
@@ -202,7 +203,9 @@ class FlowCalls(ABC):
 
     def set_timer(self, timer: FlowTimer) -> None:
         if self.run_end.is_open:
-            again = self.pending.journal.repeated_at
+            pending = self.pending
+            duration = timer.due - pending.now
+            again = pending.journal.repeated_at
             if again:
                 # The flow's time is still that of the recorded values: count from the start of this
                 # attempt, which may be later than its due time. Sleeps too: one within a block's
@@ -210,7 +213,10 @@ class FlowCalls(ABC):
                 started = self.run.started_at or 0
                 if started <= self.services.clock.now():  # else the wall clock was set back
                     again = max(again, started)
-                timer.due = max(timer.due, again + timer.due - self.pending.now)
+                timer.due = max(timer.due, again + duration)
+            if self.run.begins or pending.is_live:
+                monotonic = self.services.clock.monotonic()
+                timer.since = Moment(timer.due - duration, monotonic)
             self._request(timer)
 
     def cancel_timer(self, timer: FlowTimer) -> None:

@@ -14,6 +14,7 @@ import heapq
 from collections.abc import Callable
 from typing import TypeAlias
 
+from eventflow.core.clock import Moment
 from eventflow.core.errors import ArgumentsChanged
 from eventflow.engine.actions import (
     AbandonAttempt,
@@ -45,6 +46,7 @@ class PendingCalls:
 
     __slots__ = (
         "_last_logged_batch",
+        "_loaded_batch",
         "_now_is_recorded",
         "answers",
         "is_replaying",
@@ -70,6 +72,7 @@ class PendingCalls:
         # Log lines that followed the last delivery may be lost after a crash; they are stored
         # before a suspension.
         self._last_logged_batch = journal.last_own_batch - is_suspect
+        self._loaded_batch = journal.last_batch
 
     def record_start(self) -> AppendEntry | None:
         """To be called when the flow reads `now`: before the first delivery that is the start,
@@ -79,6 +82,14 @@ class PendingCalls:
             return None
         self._now_is_recorded = True
         return AppendEntry(Entry(call_key=STARTED_NOTE, kind=Kind.NOTE, due_at=self.now))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the last delivery was recorded after the journal was read: what the flow asks for
+        now, no earlier execution has asked for.
+        """
+        last = self.last_delivered
+        return last is not None and (not last.batch or last.batch > self._loaded_batch)
 
     # ----------------------------------------------------------------- requests
 
@@ -193,17 +204,17 @@ class PendingCalls:
 
     # ----------------------------------------------------------------- starts
 
-    def start_new(self, now: Callable[[], int]) -> list[Action]:
+    def start_new(self, read: Callable[[], Moment]) -> list[Action]:
         """How to start what was requested and is not recorded, in the order of the requests.
 
-        `now` reads the wall clock.
+        `read` reads the clock.
         """
         new = self.unstarted
         self.unstarted = []
         actions: list[Action] = []
         for target in new:
             if target.call_key in self.waiting:
-                action = self._start(target, now)
+                action = self._start(target, read)
                 if action is not None:
                     actions.append(action)
         return actions
@@ -219,14 +230,22 @@ class PendingCalls:
         self.unstarted = []
         return calls
 
-    def _start(self, target: Pending, now: Callable[[], int]) -> Action | None:
+    def _start(self, target: Pending, read: Callable[[], Moment]) -> Action | None:
         match target:
             case TaskCall():
                 if self.journal.count and (due := self._continue_attempts(target)) is not None:
-                    return SetTimer(target, due) if due > now() else StartAttempt(target)
+                    target.since = read()
+                    return (
+                        SetTimer(target, due) if due > target.since.wall else StartAttempt(target)
+                    )
                 return StartAttempt(target)
             case FlowTimer() | ControlSignal():
-                return None if target.due is None else SetTimer(target, target.due)
+                if target.due is None:
+                    return None
+                if target.since is None:
+                    now = read()  # the flow's time does not go back with the wall clock
+                    target.since = now._replace(wall=max(now.wall, self.now))
+                return SetTimer(target, target.due)
             case EmitCall():
                 return PublishEvent(target)
             case ChildCall():

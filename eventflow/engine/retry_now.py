@@ -4,6 +4,7 @@ runtime.py calls this on the flow loop, for `eventflow retry RUN`. A run that ha
 woken by the store (store/rerun.py).
 """
 
+from eventflow.core.clock import read_moment
 from eventflow.engine.actions import CancelTimer, SetTimer
 from eventflow.engine.execution import Execution
 from eventflow.sdk.task import TaskCall
@@ -16,11 +17,12 @@ def start_waiting_attempts(execution: Execution | None) -> int:
     """
     if execution is None or not execution.run_end.is_open:
         return 0
-    now = execution.services.clock.now()
+    now = read_moment(execution.services.clock)
     started = 0
     for call in list(execution.pending.waiting.values()):
         if isinstance(call, TaskCall) and call.handle is not None and not call.is_running:
             execution.carry_out(CancelTimer(call.handle))
-            execution.carry_out(SetTimer(call, now))
+            call.since = now
+            execution.carry_out(SetTimer(call, now.wall))
             started += 1
     return started

@@ -14,7 +14,7 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from eventflow.core.clock import SECOND, Timer, microseconds, timer_after
+from eventflow.core.clock import SECOND, Timer, microseconds, read_moment, timer_after
 from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunDead, RunTimedOut
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.engine.actions import EndRun
@@ -98,12 +98,15 @@ class RunEnd(msgspec.Struct, eq=False):
             self.requested_cancel = orjson.loads(cancel.value or b'""')
             signals.append(ControlSignal(CANCEL_KEY))
         if options.timeout is not None:
-            now = max(self._services.clock.now(), flow_time)
-            # `started_at` is in the future if the wall clock was set back after it.
-            started = min(run.started_at or now, now)
+            now = read_moment(self._services.clock, not_before=flow_time)
+            started = now.wall
             if options.timeout_counts == "running":
-                started = now - journal.running_time
-            signals.append(ControlSignal(TIMEOUT_KEY, started + microseconds(options.timeout)))
+                started -= journal.running_time
+            elif not run.begins:
+                # `started_at` is in the future if the wall clock was set back after it.
+                started = min(run.started_at or started, started)
+            due = started + microseconds(options.timeout)
+            signals.append(ControlSignal(TIMEOUT_KEY, due, now))
         return signals
 
     def apply_signal(
@@ -185,7 +188,8 @@ class RunEnd(msgspec.Struct, eq=False):
         delay = retries.delay_after(attempt, error, self._services.rng)
         if delay is None:
             return Failed(record)
-        due = self._services.clock.now() + microseconds(delay)
+        # Without a delay it is due also if the wall clock is set back meanwhile.
+        due = self._services.clock.now() + microseconds(delay) if delay else 0
         last = journal.retry_note
         number = 1 if last is None else last.attempt + 1
         note = retry_note(number, attempt, retries.attempts, due, record)

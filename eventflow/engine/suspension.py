@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from eventflow.core.clock import SECOND, Timer
+from eventflow.core.clock import SECOND, Moment, Timer, timer_after
 from eventflow.engine.actions import AppendEntry, EndRun
 from eventflow.engine.awaitables import ChildCall, ControlSignal, Pending
 from eventflow.engine.pending_calls import PendingCalls
@@ -35,7 +35,8 @@ class Suspension(msgspec.Struct, eq=False):
     _pending: PendingCalls
     _on_recheck: Callable[[bool], None]
     is_idle: bool = False
-    idle_since: int = 0
+    idle_since: float = 0.0
+    """By the monotonic clock."""
     _counted_since: float = 0.0
     _time_is_recorded: bool = False
     _recheck_timer: Timer | None = None
@@ -45,7 +46,7 @@ class Suspension(msgspec.Struct, eq=False):
         self.is_idle = idle
         slots = self._services.limits.slots
         if idle:
-            self.idle_since = self._services.clock.now()
+            self.idle_since = self._services.clock.monotonic()
             slots.release()
         else:
             slots.working += 1
@@ -60,40 +61,44 @@ class Suspension(msgspec.Struct, eq=False):
         journal = self._pending.journal
         if not waiting or (journal.unclaimed and waiting.keys() <= {TIMEOUT_KEY}):
             return EndRun(NeedsAttention(_stuck_reason(journal)))
-        # In the flow's time, which does not go back when the wall clock is set back.
-        now = max(self._services.clock.now(), self._pending.now)
         if len(waiting) > MAX_SCANNED and not scan_all:
-            self._recheck_at(now + SECOND)
+            self._recheck_after(SECOND)
             return None
         targets = waiting.values()
-        due_times = [due for target in targets if (due := self._due(target)) is not None]
-        due = min(due_times, default=None)
-        if due is not None and due - now < SUSPEND_AFTER:
-            return None
+        due_times: list[int] = []
+        for target in targets:
+            due, since = self._wait(target)
+            if due is not None and since is not None:
+                if since.time_left(self._services.clock, due) < SUSPEND_AFTER:
+                    return None
+                due_times.append(due)
         if any(type(target) is ChildCall for target in targets):
             # Most children are quick, and coming back costs a replay.
-            stays_until = self.idle_since + SUSPEND_AFTER
-            if now < stays_until and not self._services.limits.capacity.is_tight:
-                self._recheck_at(stays_until)
+            idle = int((self._services.clock.monotonic() - self.idle_since) * SECOND)
+            if idle < SUSPEND_AFTER and not self._services.limits.capacity.is_tight:
+                self._recheck_after(SUSPEND_AFTER - idle)
                 return None
+        until = min(due_times, default=None)
         # Its commit makes the flow park again, and the decision comes back here.
-        return self.record_time() or EndRun(Suspended(due, journal.last_batch, journal.count))
+        return self.record_time() or EndRun(Suspended(until, journal.last_batch, journal.count))
 
-    def _due(self, target: Pending) -> int | None:
+    def _wait(self, target: Pending) -> tuple[int | None, Moment | None]:
+        """Until when the target waits, and since when."""
         match target:
             case FlowTimer():
-                return target.due
+                return target.due, target.since
             case ControlSignal():
-                return None if self._counts_running_time else target.due
+                return None if self._counts_running_time else target.due, target.since
             case TaskCall():
-                return self._pending.journal.attempts(target.call_key)[2]
+                return self._pending.journal.attempts(target.call_key)[2], target.since
             case _:
-                return None
+                return None, None
 
-    def _recheck_at(self, due: int) -> None:
+    def _recheck_after(self, duration: int) -> None:
         if self._recheck_timer is None:
-            self._recheck_timer = self._services.clock.timer(
-                self._services.loop, due, self._recheck
+            services = self._services
+            self._recheck_timer = timer_after(
+                services.clock, services.loop, duration, self._recheck
             )
 
     def _recheck(self) -> None:

@@ -30,7 +30,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from functools import cached_property
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
-from eventflow.core.clock import SECOND
+from eventflow.core.clock import SECOND, Moment
 from eventflow.core.errors import OutsideFlowError, UsageError
 from eventflow.core.large_values import LargeValues
 from eventflow.loop.cleanup import Cleanup
@@ -197,10 +197,11 @@ class FlowTimer(asyncio.TimerHandle):
     """A timer set by flow code: a pending call with a due time, in microseconds.
 
     Only its firing is journaled. The due time is computed from delivered times, so a replay
-    computes the same one.
+    computes the same one. `since`: when the wait for it began; None if an earlier execution of the
+    run may have begun it.
     """
 
-    __slots__ = ("call_key", "due", "handle")
+    __slots__ = ("call_key", "due", "handle", "since")
 
     def __init__(
         self, call_key: str, due: int, callback: Any, args: Any, loop: "HostedLoop", context: Any
@@ -208,6 +209,7 @@ class FlowTimer(asyncio.TimerHandle):
         super().__init__(due / SECOND, callback, args, loop, context)
         self.call_key = call_key
         self.due = due
+        self.since: Moment | None = None
         self.handle: Any = None
 
     def fire(self) -> None:

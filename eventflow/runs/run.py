@@ -70,8 +70,10 @@ class Run(msgspec.Struct, kw_only=True):
     journal after which nothing was recorded. `parent` and `parent_call_key` name the run and the
     call that a child run answers. `mode` is the delivery mode that batched its events, None for one
     event per run; the run has `deliveries` events, and while it runs their `payloads` in the order
-    recorded. `given` is never stored: the arguments as the router bound them, equal to those of the
-    recorded event, for the run's first start in this process; None: bind them.
+    recorded. `begins`: this claim is the first since the run was recorded, restarted or retried, so
+    no earlier execution has begun to wait. `given` is never stored: the arguments as the router
+    bound them, equal to those of the recorded event, for the run's first start in this process;
+    None: bind them.
     """
 
     id: int
@@ -82,6 +84,7 @@ class Run(msgspec.Struct, kw_only=True):
     subscription: str = ""
     state: State = State.PENDING
     started_at: int | None = None
+    begins: bool = False
     token: int = 0
     ordering_key: str | None = None
     priority: int = 0

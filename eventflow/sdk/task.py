@@ -31,7 +31,7 @@ from typing import (
 
 import msgspec
 
-from eventflow.core.clock import Duration
+from eventflow.core.clock import Duration, Moment
 from eventflow.core.declarations import (
     Located,
     callable_or_none,
@@ -185,6 +185,7 @@ class TaskCall(msgspec.Struct, eq=False):
     body: TaskContext | None = None  # of the current attempt, or the last one
     attempt: int = 0  # the number of the current attempt, or the last one
     failed_attempts: int = 0  # since the last manual retry; for Retry.attempts
+    since: Moment | None = None  # from which the next attempt's due time was computed
     is_running: bool = False  # whether a body is executing
     thread: Any = None  # where a plain `def` body runs
     times: CallTimes = msgspec.field(default_factory=CallTimes)

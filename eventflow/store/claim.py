@@ -125,11 +125,14 @@ def _round_robin(queues: Sequence[Sequence[int]], limit: int) -> list[int]:
 def _start(tx: Transaction, chosen: Sequence[int]) -> list[Run]:
     tx.runs.fetch(chosen)
     rows = [tx.runs.need(ident) for ident in chosen]
+    new = {row.id for row in rows if row.started_at is None}
     for row in rows:
         row.token += 1
         row.started_at = row.started_at or tx.commit.at
         row.clear_wait_reason()
         tx.runs.move(row, State.RUNNING)
     runs = tx.runs.load(rows)
+    for run in runs:
+        run.begins = run.id in new
     tx.flush()
     return runs

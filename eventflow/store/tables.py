@@ -102,6 +102,12 @@ class Commit:
         """The `due_at` to store: 0, which is due whatever the clock does, once `at` is past."""
         return 0 if at <= self.now else at
 
+    def due_of_new(self, run: Run) -> int:
+        """The same for a new run. One that is due when it is made is due also if the wall clock was
+        set back since then.
+        """
+        return 0 if run.due_at <= run.created_at else self.due(run.due_at)
+
     def note_due(self, at: int) -> None:
         """Something is due at this instant, for the next claim."""
         if at <= self.now:
@@ -354,7 +360,7 @@ class RunRows:
         """
         totals = self._commit.totals
         size = len(run.params or b"") + len(payload or b"")
-        due_at = 0 if run.due_at <= self._commit.now else run.due_at
+        due_at = self._commit.due_of_new(run)
         totals["runs"] += 1
         totals["pending_bytes"] += size
         if run.payload is None:
@@ -378,7 +384,7 @@ class RunRows:
         self.add(run, payload)
         row = self._rows.get(run.id)
         if row is None:
-            due_at = self._commit.due(run.due_at)
+            due_at = self._commit.due_of_new(run)
             row = self._rows[run.id] = rows.new_run_row(run, due_at, len(payload or b""))
             row.blocked = int(run.ordering_key is not None)
         return row
@@ -392,7 +398,9 @@ class RunRows:
         elif self._receiver is not None and self._receiver.reserve(run):
             run.state = RUNNING
             run.token += 1
-            run.started_at = run.started_at or commit.at
+            if run.started_at is None:
+                run.started_at = commit.at
+                run.begins = True
             commit.reserved.append(run)
             return True
         else:
