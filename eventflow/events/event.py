@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import msgspec
@@ -96,7 +97,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         fields = read_json(body, max_keys=sys.maxsize, max_depth=MAX_JSON_DEPTH + 1)
         if not isinstance(fields, dict):
             raise ValueError(f"a CloudEvent is a JSON object, found {type(fields).__name__}")
-        return cls.from_dict(cast(dict[str, Any], fields))
+        return cls.from_dict(cast("dict[str, Any]", fields))
 
     @classmethod
     def from_recorded(cls, body: bytes) -> "Event":
@@ -124,42 +125,21 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises ValueError naming the attribute.
         """
-        left = {name: value for name, value in fields.items() if value is not None}
-        pop = left.pop
-        version = pop("specversion", None)
+        left = dict(fields)
+        version, data, *texts = map(left.pop, _ATTRIBUTES, _ABSENT)
         if version != "1.0":
             raise ValueError(f'specversion: expected "1.0", found {version!r}')
-        data = pop("data", None)
-        if "data_base64" in left:
-            if data is not None:
-                raise ValueError(
-                    "data and data_base64 are both present; a CloudEvent has one of them"
-                )
-            data = _decoded(pop("data_base64"))
-        ident = pop("id", None)
-        source = pop("source", None)
-        event_type = pop("type", None)
-        subject = time = datacontenttype = dataschema = None
         if left:
-            subject = pop("subject", None)
-            time = pop("time", None)
-            datacontenttype = pop("datacontenttype", None)
-            dataschema = pop("dataschema", None)
-        texts = (ident, source, event_type, subject, time, datacontenttype, dataschema)
+            data = _pop_data(left, data)
+        ident, source, event_type, subject, time, datacontenttype, dataschema = texts
         if not (ident and source and event_type and _TEXT_TYPES.issuperset(map(type, texts))):
             _refuse_texts(dict(zip(_TEXTS, texts, strict=True)))
-        for name, value in left.items():
-            if not (name.isascii() and name.isalnum() and name == name.lower()) or not isinstance(
-                value, str | int | bool
-            ):
-                raise ValueError(
-                    f"extension {name!r}: expected a lower-case alphanumeric name and a string, "
-                    "integer or boolean"
-                )
+        if left:
+            left = _extensions(left)
         return cls(
-            id=cast(str, ident),
-            source=cast(str, source),
-            type=cast(str, event_type),
+            id=ident,
+            source=source,
+            type=event_type,
             data=data,
             subject=subject,
             time=None if time is None else parse_rfc3339(time),
@@ -171,6 +151,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 _TEXTS = ("id", "source", "type", "subject", "time", "datacontenttype", "dataschema")
 _TEXT_TYPES = frozenset((str, type(None)))
+_ATTRIBUTES = ("specversion", "data", *_TEXTS)
+_ABSENT = (None,) * len(_ATTRIBUTES)
 
 
 def _refuse_texts(attributes: Mapping[str, object]) -> None:
@@ -181,6 +163,30 @@ def _refuse_texts(attributes: Mapping[str, object]) -> None:
     for name, value in attributes.items():
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{name}: expected a string, found {type(value).__name__}")
+
+
+def _pop_data(left: dict[str, Any], data: Any) -> Any:
+    """The data of an event, which is `data` unless `data_base64` is present."""
+    encoded = left.pop("data_base64", None)
+    if encoded is None:
+        return data
+    if data is not None:
+        raise ValueError("data and data_base64 are both present; a CloudEvent has one of them")
+    return _decoded(encoded)
+
+
+def _extensions(left: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that are not null. ValueError for one that is no extension."""
+    extensions = {name: value for name, value in left.items() if value is not None}
+    for name, value in extensions.items():
+        if not (name.isascii() and name.isalnum() and name == name.lower()) or not isinstance(
+            value, str | int | bool
+        ):
+            raise ValueError(
+                f"extension {name!r}: expected a lower-case alphanumeric name and a string, "
+                "integer or boolean"
+            )
+    return extensions
 
 
 def _decoded(text: object) -> bytes:
@@ -276,10 +282,20 @@ _PAIRS = tuple(first + second for first in ALPHABET for second in ALPHABET)
 def format_id(ident: int) -> str:
     """An id as 13 characters of Crockford's base 32. The text sorts like the number."""
     pairs = _PAIRS  # ten bits at a time, since every run needs it
+    low = ident & 0x3FFFFFFF
     return (
-        f"{ALPHABET[ident >> 60 & 31]}{pairs[ident >> 50 & 1023]}{pairs[ident >> 40 & 1023]}"
-        f"{pairs[ident >> 30 & 1023]}{pairs[ident >> 20 & 1023]}{pairs[ident >> 10 & 1023]}"
-        f"{pairs[ident & 1023]}"
+        f"{_first_letters(ident >> 30)}"
+        f"{pairs[low >> 20]}{pairs[low >> 10 & 1023]}{pairs[low & 1023]}"
+    )
+
+
+@lru_cache(maxsize=1024)
+def _first_letters(high: int) -> str:
+    """The first seven letters: all ids of one second have the same."""
+    pairs = _PAIRS
+    return (
+        f"{ALPHABET[high >> 30 & 31]}"
+        f"{pairs[high >> 20 & 1023]}{pairs[high >> 10 & 1023]}{pairs[high & 1023]}"
     )
 
 

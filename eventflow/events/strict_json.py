@@ -32,41 +32,19 @@ MAX_QUOTED_CHARACTERS = 40
 
 
 def read_json(
-    text: bytes, *, max_keys: int = MAX_JSON_KEYS, max_depth: int = MAX_JSON_DEPTH
+    text: bytes,
+    *,
+    max_keys: int = MAX_JSON_KEYS,
+    max_depth: int = MAX_JSON_DEPTH,
+    rounds: bool = False,
 ) -> Any:
     """The value of a JSON text: UTF-8, or UTF-16 and UTF-32 with a byte order mark.
 
     Raises ValueError for anything else, and for a key twice in one object, NaN, a lone surrogate,
     more than `max_depth` levels, more than `max_keys` keys in one object, an integer beyond 64
-    bits, and a fraction with digits that a float cannot hold. No number is ever rounded.
+    bits, and a fraction with digits that a float cannot hold. `rounds`: such numbers are rounded
+    instead, as `int` and `float` read them.
     """
-    return _read(text, max_keys, max_depth, _exact_int, _exact_float)
-
-
-def read_report(text: bytes, *, max_keys: int = MAX_JSON_KEYS) -> Any:
-    """As `read_json`, but what is no finite number (NaN, Infinity, 1e999) is None, integers have
-    any number of digits, and fractions are rounded to the nearest float: they are measurements,
-    and never identify an event.
-    """
-    try:
-        return _read(text, max_keys, MAX_JSON_DEPTH, int, float)
-    except orjson.JSONDecodeError:
-        utf8 = _to_utf8(text)
-        is_number = b"NaN" in utf8 or b"Infinity" in utf8 or _is_too_large(utf8)
-        if not is_number:
-            raise
-    value = _parse_slowly(utf8, _measured_int, _measured_float, parse_constant=lambda _: None)
-    _count_keys(value, max_keys, MAX_JSON_DEPTH)
-    return value
-
-
-def _read(
-    text: bytes,
-    max_keys: int,
-    max_depth: int,
-    parse_int: Callable[[str], Any],
-    parse_float: Callable[[str], Any],
-) -> Any:
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -82,7 +60,25 @@ def _read(
     if is_small:
         keys = _count_keys(value, max_keys, max_depth)
     if not _has_distinct_keys(text, keys) or _may_lose_digits(text):
-        return _parse_slowly(text, parse_int, parse_float)
+        numbers = (int, float) if rounds else (_exact_int, _exact_float)
+        return _parse_slowly(text, *numbers)
+    return value
+
+
+def read_report(text: bytes, *, max_keys: int = MAX_JSON_KEYS) -> Any:
+    """As `read_json`, but what is no finite number (NaN, Infinity, 1e999) is None, integers have
+    any number of digits, and fractions are rounded to the nearest float: they are measurements,
+    and never identify an event.
+    """
+    try:
+        return read_json(text, max_keys=max_keys, rounds=True)
+    except orjson.JSONDecodeError:
+        utf8 = _to_utf8(text)
+        is_number = b"NaN" in utf8 or b"Infinity" in utf8 or _is_too_large(utf8)
+        if not is_number:
+            raise
+    value = _parse_slowly(utf8, _measured_int, _measured_float, parse_constant=lambda _: None)
+    _count_keys(value, max_keys, MAX_JSON_DEPTH)
     return value
 
 
