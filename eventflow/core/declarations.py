@@ -16,7 +16,6 @@ import typing
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from numbers import Integral, Real
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -30,8 +29,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 MAX_SECONDS = 1000 * 365.25 * 86_400.0
 """The longest duration, a thousand years: instants stay within the years of a datetime."""
 
-_SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
-_OWN_FOLDERS = tuple(f"{_SOURCE_ROOT / package}{os.sep}" for package in ("eventflow", "triggers"))
+_SOURCE_ROOT = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", ".."))
+_OWN_FOLDERS = tuple(
+    os.path.join(_SOURCE_ROOT, package, "") for package in ("eventflow", "triggers")
+)
 
 
 # --------------------------------------------------------------------------- where
@@ -99,14 +100,13 @@ def declaration(fn: F) -> F:
     raised by `fn` gets the file and line too. `**options` annotated `Unpack[TypedDict]` accepts the
     keys of that class only.
     """
-    signature = inspect.signature(fn)
     name = fn.__qualname__.removesuffix(".__init__")
-    names, takes_any = _option_names(signature)
 
     @functools.wraps(fn)
     def checked(*args: Any, **kwargs: Any) -> Any:
         with Located():
-            if not takes_any:
+            names = _option_names(fn) if kwargs else None
+            if names is not None:
                 for given in kwargs:
                     if given not in names:
                         raise unknown_option(name, given, names)
@@ -115,7 +115,7 @@ def declaration(fn: F) -> F:
             except TypeError as error:
                 if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                     raise  # from inside of `fn`
-                raise _wrong_arguments(name, signature, args, kwargs, error) from None
+                raise _wrong_arguments(name, inspect.signature(fn), args, kwargs, error) from None
 
     return cast(F, checked)
 
@@ -156,18 +156,19 @@ def _call_form(name: str, signature: inspect.Signature) -> str:
     return f"{name}({', '.join((form or options[:1]) + ['...'] * has_more)})"
 
 
-def _option_names(signature: inspect.Signature) -> tuple[tuple[str, ...], bool]:
-    """The names that keyword arguments may have; and whether any other name is taken too."""
+@functools.cache  # at the first call: at import, all declarations together would take a millisecond
+def _option_names(fn: Callable[..., Any]) -> tuple[str, ...] | None:
+    """The names that keyword arguments may have; None if any other name is taken too."""
     names: list[str] = []
-    for parameter in signature.parameters.values():
+    for parameter in inspect.signature(fn).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             options = typing.get_args(parameter.annotation)
             if typing.get_origin(parameter.annotation) is not typing.Unpack:
-                return tuple(names), True
+                return None
             names += typing.get_type_hints(options[0])
         elif parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
             names.append(parameter.name)
-    return tuple(name for name in names if name not in ("self", "cls")), False
+    return tuple(name for name in names if name not in ("self", "cls"))
 
 
 _DELAY = "write retries=Retry(attempts=..., delay=...), with seconds"

@@ -9,9 +9,10 @@ import random
 import sys
 from collections.abc import Callable, Coroutine
 from contextvars import Context
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
+
+import msgspec
 
 from eventflow.core.clock import Clock
 from eventflow.core.threads import DaemonThreads
@@ -187,9 +188,11 @@ class NextTurn:
             call()
 
 
-@dataclass(slots=True, eq=False)
-class WorkerServices:
-    """See the module. `loop`, `posts` and `next_turn` are set when the worker starts."""
+_AT_START: Any = None
+
+
+class WorkerServices(msgspec.Struct, eq=False):
+    """See the module. What is `_AT_START` is set when the worker starts."""
 
     store: Store
     clock: Clock
@@ -202,24 +205,24 @@ class WorkerServices:
     secret: bytes
     """Signs what tasks pickle; never in the store."""
     logs: LogReceiver | None = None
-    run_durations: Durations = field(default_factory=Durations)
-    task_durations: Durations = field(default_factory=Durations)
+    run_durations: Durations = msgspec.field(default_factory=Durations)
+    task_durations: Durations = msgspec.field(default_factory=Durations)
     strict: bool = False
     """A run whose flow forgot to await a call fails."""
     state: Any = None
     """What the App's lifespan yielded."""
     draining: bool = False
     """The worker stops: no attempt starts any more."""
-    loop: asyncio.AbstractEventLoop = field(init=False)
-    posts: Posts = field(init=False)
-    next_turn: NextTurn = field(init=False)
-    imported: frozenset[str] = field(init=False)
+    loop: asyncio.AbstractEventLoop = _AT_START
+    posts: Posts = _AT_START
+    next_turn: NextTurn = _AT_START
+    imported: frozenset[str] = _AT_START
     """Names of the modules that were imported when the worker started."""
     _unawaited_watcher: UnawaitedWatcher | None = None
-    owned_tasks: set[asyncio.Task[Any]] = field(default_factory=set[asyncio.Task[Any]])
-    abandoned: dict[asyncio.Task[Any], str] = field(default_factory=dict[asyncio.Task[Any], str])
+    owned_tasks: set[asyncio.Task[Any]] = set()
+    abandoned: dict[asyncio.Task[Any], str] = {}
     """Bodies that have not ended although no run waits for them any more, with their names."""
-    _cancelled_calls: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
+    _cancelled_calls: set[tuple[int, str]] = set()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """To be called before the first run: every process has imported the modules that this one

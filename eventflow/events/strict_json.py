@@ -215,10 +215,12 @@ def is_utf8(text: bytes) -> bool:
     return True
 
 
-_CODECS = re.compile(
+_CODECS = (
     r"utf-(16|32)(-[lb]e)?|iso8859-\d+|cp\d+|koi8-[rtu]|gbk?|gb\w+|big5\w*|euc_\w+|shift_jis\w*"
 )
-"""Codecs of text that senders use; Python has others, such as punycode."""
+"""Codecs of text that senders use; Python has others, such as punycode. A pattern, which `re`
+compiles at its first use.
+"""
 
 
 def codec_of(charset: str) -> str:
@@ -227,7 +229,7 @@ def codec_of(charset: str) -> str:
         name = codecs.lookup(charset).name
     except (LookupError, ValueError):
         name = ""
-    if not _CODECS.fullmatch(name):
+    if not re.fullmatch(_CODECS, name):
         raise ValueError(f"Content-Type: expected charset=utf-8, found {charset[:40]!r}")
     return name
 
@@ -245,7 +247,8 @@ _DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 _SIGNS = b".+-"
 _LONG_RUN = b"0" * (MAX_EXACT_DIGITS + 1)
 _BLANKS = b" \t\r\n"
-_LONG_NUMBER = re.compile(rb"[0-9][0-9.]{%d,}(?:[eE][+-]?[0-9]+)?" % MAX_EXACT_DIGITS)
+# Texts of patterns, as _CODECS above: few processes read numbers that need them.
+_LONG_NUMBER = rb"[0-9][0-9.]{%d,}(?:[eE][+-]?[0-9]+)?" % MAX_EXACT_DIGITS
 
 
 def _may_lose_digits(text: bytes) -> bool:
@@ -257,7 +260,7 @@ def _may_lose_digits(text: bytes) -> bool:
     shape = text.translate(_DIGITS, _SIGNS)
     if b"0e000" in shape:
         return True
-    return _LONG_RUN in shape and not all(map(_is_exact, _LONG_NUMBER.findall(text)))
+    return _LONG_RUN in shape and not all(map(_is_exact, re.findall(_LONG_NUMBER, text)))
 
 
 def _is_exact(number: bytes) -> bool:
@@ -273,12 +276,12 @@ def _is_exact(number: bytes) -> bool:
 MAX_MEASURED_DIGITS = 4000
 """Of an integer in a report; Python converts no more than 4,300 by default."""
 
-_LARGE = re.compile(rb"[0-9]{300}|[0-9][eE]\+?0*[1-9][0-9]{2}")
+_LARGE = rb"[0-9]{300}|[0-9][eE]\+?0*[1-9][0-9]{2}"
 
 
 def _is_too_large(text: bytes) -> bool:
     """Whether a text may have a number beyond the largest float, which orjson refuses."""
-    return _LARGE.search(text) is not None
+    return re.search(_LARGE, text) is not None
 
 
 def _measured_int(digits: str) -> int | None:

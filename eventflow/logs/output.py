@@ -365,7 +365,7 @@ def _where(data: Mapping[str, Any]) -> str | None:
     return f"{escape_controls(run[-SHORT_ID_LENGTH:])} {name}".rstrip()
 
 
-_MODULE_OF_ERROR: Final = re.compile(r"^[\w.]+:(?=[A-Za-z_]\w*(?:: |$))")
+_MODULE_OF_ERROR: Final = r"^[\w.]+:(?=[A-Za-z_]\w*(?:: |$))"
 """`builtins:` of `builtins:ValueError: no such order`."""
 
 
@@ -373,7 +373,7 @@ def _field(key: str, value: Any) -> str:
     """Nested values are shown by `repr`, which escapes control characters itself."""
     text = escape_controls(value) if isinstance(value, str) else repr(value)
     if key in _BARE:
-        return _MODULE_OF_ERROR.sub("", text)
+        return re.sub(_MODULE_OF_ERROR, "", text)
     if isinstance(value, str) and (" " in text or not text):
         return f"{key}={text!r}"
     return f"{key}={text}"

@@ -24,19 +24,17 @@ _NAMES: Final = (
 )  # fmt: skip
 _ENDINGS: Final = ("token", "pwd")
 
-_PAIR: Final = re.compile(
-    r"""((?:password|passwd|passphrase|pwd|secret|token|api[-_]?key|private[-_]?key|access[-_]?key|signing[-_]?key|credential)"""
-    r"""[\w-]{0,40}["']?\s*[:=]\s*["']?)(?!\*\*\*)([^\s"',;&<>(){}\[\]]+)""",
-    re.IGNORECASE,
+# Below are texts of patterns, for `re.sub`: it compiles each at its first use, which most processes
+# never come to, and keeps it. All together take 1 ms to compile.
+
+_PAIR: Final = (
+    r"""(?i)((?:password|passwd|passphrase|pwd|secret|token|api[-_]?key|private[-_]?key|access[-_]?key|signing[-_]?key|credential)"""
+    r"""[\w-]{0,40}["']?\s*[:=]\s*["']?)(?!\*\*\*)([^\s"',;&<>(){}\[\]]+)"""
 )
-_HEADER: Final = re.compile(
-    r"""((?:authorization|cookie)["']?\s*[:=]\s*["']?)(?!\*\*\*)([^\r\n"']+)""", re.IGNORECASE
-)
-_SCHEME: Final = re.compile(r"\b((?:bearer|basic)\s+)[A-Za-z0-9+/._~=-]{8,}", re.IGNORECASE)
-_USERINFO: Final = re.compile(
-    r"""([a-z][a-z0-9+.-]{0,20}://[^\s/@:"'<>]{0,256}:)[^\s/"'<>]{1,1024}@""", re.IGNORECASE
-)
-_HTTP_USER: Final = re.compile(r"""(https?://)[^\s/@:"'<>]{6,1024}@""", re.IGNORECASE)
+_HEADER: Final = r"""(?i)((?:authorization|cookie)["']?\s*[:=]\s*["']?)(?!\*\*\*)([^\r\n"']+)"""
+_SCHEME: Final = r"(?i)\b((?:bearer|basic)\s+)[A-Za-z0-9+/._~=-]{8,}"
+_USERINFO: Final = r"""(?i)([a-z][a-z0-9+.-]{0,20}://[^\s/@:"'<>]{0,256}:)[^\s/"'<>]{1,1024}@"""
+_HTTP_USER: Final = r"""(?i)(https?://)[^\s/@:"'<>]{6,1024}@"""
 
 _SCALARS: Final = frozenset({bool, int, float, type(None)})
 _DIGITS: Final = 20
@@ -99,11 +97,11 @@ class Redactor:
         text = self._known.remove_from(text)
         if _STEMS.search(text) is None:
             return text
-        text = _HEADER.sub(rf"\1{MASK}", text)
-        text = _SCHEME.sub(rf"\1{MASK}", text)
-        text = _PAIR.sub(_redact_pair, text)
-        text = _USERINFO.sub(rf"\1{MASK}@", text)
-        return _HTTP_USER.sub(rf"\1{MASK}@", text)
+        text = re.sub(_HEADER, rf"\1{MASK}", text)
+        text = re.sub(_SCHEME, rf"\1{MASK}", text)
+        text = re.sub(_PAIR, _redact_pair, text)
+        text = re.sub(_USERINFO, rf"\1{MASK}@", text)
+        return re.sub(_HTTP_USER, rf"\1{MASK}@", text)
 
     def redact_data(self, value: Any) -> Any:
         """A copy of plain JSON data: each text redacted, each value in a field named like a secret
@@ -150,14 +148,15 @@ def _is_secret_field(key: str, value: object) -> bool:
 
 # --------------------------------------------------------------------------- control characters
 
-_CONTROLS: Final = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+_CONTROLS: Final = (
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 """C0 except tab, DEL, C1, bidirectional and invisible controls, and separators that some viewers
 treat as a line break.
 """
 
-_BEYOND_JSON: Final = re.compile(_CONTROLS.pattern.replace("\x00-\x08\x0a-\x1f", ""))
+_BEYOND_JSON: Final = _CONTROLS.replace("\x00-\x08\x0a-\x1f", "")
 """The same without those that JSON escapes."""
 
 
@@ -165,7 +164,7 @@ def escape_controls(text: str) -> str:
     r"""`text` as one line without control characters, which could move a cursor or forge a line:
     `\x1b`, `\n`.
     """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return re.sub(_CONTROLS, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def escape_controls_by_line(text: str) -> str:
@@ -179,7 +178,7 @@ def escape_json_controls(line: bytes) -> bytes:
     """
     if line.isascii() and b"\x7f" not in line:
         return line
-    return _BEYOND_JSON.sub(lambda found: json.dumps(found[0])[1:-1], line.decode()).encode()
+    return re.sub(_BEYOND_JSON, lambda found: json.dumps(found[0])[1:-1], line.decode()).encode()
 
 
 SECRETS: Final = Redactor(KNOWN_SECRETS)

@@ -9,8 +9,9 @@ and calls their steps. The content of an event never raises in a step: user code
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
+import msgspec
 import orjson
 
 from eventflow.core.declarations import format_location, is_own_file
@@ -29,7 +30,7 @@ it is no delivery.
 """
 
 
-class Incoming(NamedTuple):
+class Incoming(msgspec.Struct, frozen=True, gc=False):
     """An event on its way to its subscriptions. `data`: the JSON of its data, None for bytes and
     for none. `state`: that of its new runs. `depth`: emits from an outside event.
     """

@@ -260,7 +260,7 @@ def subscribe_sink(
     )
 
 
-_CRON_EXPRESSION = re.compile(
+_CRON_EXPRESSION = (  # compiled by `re` at its first use
     r"@(yearly|annually|monthly|weekly|daily|midnight|hourly)"
     r"|[-0-9*/,]+( +[-0-9*/,?#A-Za-z]+){4,5}"
 )
@@ -270,7 +270,7 @@ def check_types(types: Iterable[str]) -> None:
     """UsageError for a malformed wildcard, and for a schedule in place of an event type."""
     for wanted in types:
         wildcard(wanted, "types")
-        if _CRON_EXPRESSION.fullmatch(wanted.strip()):
+        if re.fullmatch(_CRON_EXPRESSION, wanted.strip()):
             raise UsageError(
                 f"expected a trigger or an event type, found {wanted!r}, which is a cron "
                 f"expression; did you mean Cron({wanted!r})? (from triggers import Cron)"

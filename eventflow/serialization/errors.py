@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
+import msgspec
 import orjson
 
 from eventflow.core.declarations import format_location
@@ -138,7 +139,7 @@ def _describe_briefly(
     }
 
 
-class _ErrorClass(NamedTuple):
+class _ErrorClass(msgspec.Struct, frozen=True):
     """What the description of every error of a class says."""
 
     name: str
@@ -307,8 +308,8 @@ def _render_frames(error: BaseException) -> str:
     return "Traceback (most recent call last):\n" + "".join(lines) if lines else ""
 
 
-_INSTALLED = re.compile(r"[/\\]site-packages[/\\]|[/\\]lib[/\\]python\d")
-_FRAME = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
+_INSTALLED = r"[/\\]site-packages[/\\]|[/\\]lib[/\\]python\d"
+_FRAME = r'(?m)^  File "(.+)", line (\d+), in '
 
 
 def error_summary(fields: Mapping[str, Any]) -> str:
@@ -318,8 +319,8 @@ def error_summary(fields: Mapping[str, Any]) -> str:
 
 def raised_at(fields: Mapping[str, Any]) -> str | None:
     """`file:line` of the recorded error: the innermost line of the user's own code, else of any."""
-    frames: list[tuple[str, str]] = _FRAME.findall(fields.get("traceback") or "")
-    own = [each for each in frames if not _INSTALLED.search(each[0])]
+    frames: list[tuple[str, str]] = re.findall(_FRAME, fields.get("traceback") or "")
+    own = [each for each in frames if not re.search(_INSTALLED, each[0])]
     for file, line in reversed(own or frames):
         return format_location(file, int(line))
     return None

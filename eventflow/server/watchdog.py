@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -48,9 +49,13 @@ LOG_EVENTS = {
 }
 
 _OURS = str(Path(__file__).parent.parent)
-_LIBRARIES = tuple(
-    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-)
+
+
+@cache
+def _libraries() -> tuple[str, ...]:
+    """The folders of Python's modules and of installed packages."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    return tuple({sysconfig.get_path(name) for name in names})
 
 
 class LoopProbe:
@@ -215,4 +220,4 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 def _is_library(frame: FrameType) -> bool:
     name = frame.f_code.co_filename
-    return name.startswith((_OURS, *_LIBRARIES, "<frozen"))
+    return name.startswith((_OURS, *_libraries(), "<frozen"))

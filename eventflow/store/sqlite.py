@@ -11,7 +11,9 @@ import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
+
+import msgspec
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
@@ -88,7 +90,7 @@ _LAST_ID = (
 _SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 
 
-class _Limits(NamedTuple):
+class _Limits(msgspec.Struct, frozen=True):
     pending: int
     pending_bytes: int
 

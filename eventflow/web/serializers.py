@@ -375,11 +375,11 @@ def call_name(call_key: str) -> str:
     """The task, flow or event of a call: `score` of `a/score#0` and `score[7]`, `score.map` of
     `score.map/#0`.
     """
-    found = _CALL_NAME.search(call_key)
+    found = re.search(_CALL_NAME, call_key)
     return found[1] if found else call_key
 
 
-_CALL_NAME = re.compile(r"(?:^|/)([^/\[#]+)/?(?:#\d+|\[.*\])$")
+_CALL_NAME = r"(?:^|/)([^/\[#]+)/?(?:#\d+|\[.*\])$"
 
 
 def _add_times(call: dict[str, Any], times: Entry | RunningCall, end: int) -> None:
