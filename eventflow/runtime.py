@@ -40,8 +40,7 @@ from eventflow.routing.router import Router
 from eventflow.runs.run import Cancelled, Completed, Failed, Ids, NeedsAttention, Outcome, format_id
 from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
-from eventflow.serialization.blobs import Blobs
-from eventflow.serialization.s3_blobs import S3BlobStore
+from eventflow.serialization.blobs import Blobs, BlobStore
 from eventflow.sinks.relay import OutboxRelay
 from eventflow.store.key_files import load_or_create_secret
 from eventflow.store.sqlite import SqliteStore
@@ -84,6 +83,15 @@ LOG_EVENTS = {
 }
 
 
+def _remote_blobs(url: str | None) -> BlobStore | None:
+    """Where `App(results=url)` stores large results."""
+    if not url:
+        return None
+    from eventflow.serialization.s3_blobs import S3BlobStore  # few Apps have one
+
+    return S3BlobStore(url)
+
+
 class Runtime:
     """The running parts of one open App. `open` and `close` are called on the intake loop, once
     each.
@@ -100,10 +108,7 @@ class Runtime:
         self.store = open_store(url, config.clock, **config.store_options)
         self.ids = Ids()
         self.logs = logs  # where log lines of runs are stored
-        self.blobs = Blobs(
-            Path(f"{self.store.path}.blobs"),
-            S3BlobStore(config.results) if config.results else None,
-        )
+        self.blobs = Blobs(Path(f"{self.store.path}.blobs"), _remote_blobs(config.results))
         self.retention = Retention(config, self.store, self.blobs)
         self.own_loop: FlowThread | None = None
         self.closing: bool = False

@@ -5,7 +5,6 @@ file from any process, with or without a writer. A damaged file is renamed and a
 """
 
 import os
-import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
@@ -147,7 +146,8 @@ class LogFile:
 
     def check_free_space(self) -> None:
         """Raises OSError if the free disk space is needed for the journal."""
-        free = shutil.disk_usage(self.path.parent).free
+        disk = os.statvfs(self.path.parent)
+        free = disk.f_bavail * disk.f_frsize
         if free < self._floor:
             raise OSError(
                 f"{free >> 20} MiB free on disk, less than the {self._floor >> 20} MiB that logs "

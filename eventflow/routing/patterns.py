@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from datetime import time as time_of_day
 from typing import Any, TypeAlias, cast
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
@@ -370,6 +369,8 @@ def _make_node(pattern: Pattern, lateness: int) -> Node:
 
 def _daily_deadlines(at: str, tz: str) -> Callable[[int], int]:
     """A function from an instant to the next deadline after it, in microseconds."""
+    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError  # takes 2 ms to import
+
     try:
         wall = time_of_day.fromisoformat(at)
         zone: tzinfo = ZoneInfo(tz)

@@ -12,8 +12,6 @@ file format.
 """
 
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,7 +32,9 @@ from eventflow.sdk.checkpoint_files import (
     encode,
     encode_path,
     fsync_path,
+    make_folder,
     read_verified,
+    remove_tree,
     step_of,
     write_manifest,
 )
@@ -127,10 +127,10 @@ class CheckpointStore:
     def remove(self, folder: Path) -> None:
         """Remove a directory. It is renamed first, so readers never see a part of it."""
         try:
-            aside = Path(tempfile.mkdtemp(prefix=".gone-", dir=self.directory))
+            aside = make_folder(self.directory, ".gone-")
             with self.lock, suppress(FileNotFoundError):
                 folder.rename(aside / "folder")
-            shutil.rmtree(aside)
+            remove_tree(aside)
         except OSError as error:
             log.warning("checkpoint.not_removed", folder=str(folder), error=str(error))
 
@@ -146,7 +146,7 @@ class CheckpointStore:
         Call it before the first run.
         """
         for removed in self.directory.glob(".gone-*"):
-            shutil.rmtree(removed, ignore_errors=True)
+            remove_tree(removed, ignore_errors=True)
         self._used.update((run, set[str]()) for run in self.run_ids())
 
 
@@ -304,7 +304,7 @@ class Checkpoint:
                 self._clear_drafts()
                 self._make_folder(store)
                 store.mark_used(context.idempotency_key)
-                draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._folder))
+                draft = make_folder(self._folder, ".draft-")
                 try:
                     manifest = write(draft, self._check_size)
                     manifest.step = step
@@ -314,7 +314,7 @@ class Checkpoint:
                     write_manifest(draft, manifest)
                     self._publish(store, context, draft, step)
                 except BaseException:
-                    shutil.rmtree(draft, ignore_errors=True)
+                    remove_tree(draft, ignore_errors=True)
                     raise
             except OSError as error:
                 raise CheckpointFailed(
@@ -390,7 +390,7 @@ class Checkpoint:
         if not self._has_cleared_drafts:
             self._has_cleared_drafts = True
             for draft in self._folder.glob(".draft-*"):
-                shutil.rmtree(draft, ignore_errors=True)
+                remove_tree(draft, ignore_errors=True)
 
     def _has_same_arguments(self, manifest: Manifest) -> bool:
         mine = self._context.arguments_fingerprint if self._context is not None else None

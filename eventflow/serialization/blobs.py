@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
@@ -172,8 +171,10 @@ class Blobs:
         return self._directory / ref[:2] / ref[2:4] / ref
 
     def _write(self, path: Path, data: bytes) -> None:
+        from tempfile import mkstemp  # takes 2 ms to import; most processes write no large value
+
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")  # mode 0600
+        handle, temporary = mkstemp(dir=path.parent, prefix=".")  # mode 0600
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

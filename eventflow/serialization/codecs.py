@@ -11,8 +11,6 @@ the bytes in store/.
 
 import contextlib
 import hashlib
-import hmac
-import pickle
 import re
 import types
 import typing
@@ -96,7 +94,7 @@ class ResultCodec:
         if value is None:
             return _NULL
         if self._pickled:
-            return "pickle", _sign(pickle.dumps(value, protocol=5), key)
+            return "pickle", _signed_pickle(value, key)
         if type(value) is bytes:
             return "bytes", value
         encoded = None if self._plain else self._encode_typed(value)
@@ -122,7 +120,7 @@ class ResultCodec:
             case "tagged":
                 return decode_tagged(data)
             case "pickle" if allow_pickle:
-                return pickle.loads(_verified(data, key, self._name))
+                return _read_pickle(data, key, self._name)
             case "pickle":
                 raise UsageError(
                     f"{self._name}: this result is pickled, and pickles are only read where flows "
@@ -368,18 +366,25 @@ _WRITER = msgspec.json.Encoder(enc_hook=dump_model)
 _SORTER = msgspec.json.Encoder(enc_hook=dump_model, order="deterministic")
 
 
-def _sign(data: bytes, key: bytes) -> bytes:
+def _signed_pickle(value: Any, key: bytes) -> bytes:
+    import hmac  # with pickle 1 ms to import, for `codec="pickle"` only
+    import pickle
+
+    data = pickle.dumps(value, protocol=5)
     return hmac.digest(key, data, "sha256") + data
 
 
-def _verified(data: bytes, key: bytes, name: str) -> bytes:
+def _read_pickle(data: bytes, key: bytes, name: str) -> Any:
     """S12: a pickle is read only if the key of this installation signed it."""
+    import hmac
+    import pickle
+
     if not hmac.compare_digest(data[:32], hmac.digest(key, data[32:], "sha256")):
         raise StoreCorrupt(
             f"{name}: the signature of a pickled result does not match; it was altered, or the key "
             "has changed"
         )
-    return data[32:]
+    return pickle.loads(data[32:])
 
 
 # --------------------------------------------------------------------------- fingerprints

@@ -19,13 +19,15 @@ from decimal import Decimal
 from enum import Enum
 from functools import cached_property, lru_cache
 from operator import attrgetter
-from typing import Any, cast
-from zoneinfo import ZoneInfo
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 
 from eventflow.core.errors import NotStorable
 from eventflow.serialization.records import RECORD_READERS, tag_record, without_classes
+
+if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
 
 SCALARS: frozenset[type] = frozenset({type(None), bool, int, float, str})
 _CONTAINERS: frozenset[type] = frozenset({dict, list})
@@ -181,8 +183,8 @@ def _tag_time(value: datetime | time, path: str) -> Any:
     name = type(value).__name__
     zone = value.tzinfo
     offset = None if zone is None else zone.utcoffset(None)
-    if isinstance(zone, ZoneInfo):
-        place: Any = zone.key
+    if (named_zone := _zone_info(zone)) is not None:
+        place: Any = named_zone.key
     elif offset is not None and zone is not None:
         named = isinstance(zone, timezone) and zone.tzname(None) != timezone(offset).tzname(None)
         place = [offset.total_seconds(), zone.tzname(None)] if named else None
@@ -197,10 +199,21 @@ def _tag_time(value: datetime | time, path: str) -> Any:
     return {"$zoned": [name, value.replace(tzinfo=None, fold=0).isoformat(), value.fold, place]}
 
 
+def _zone_info(zone: tzinfo | None) -> "ZoneInfo | None":
+    """`zone` if it is a ZoneInfo."""
+    if zone is None or isinstance(zone, timezone):
+        return None
+    from zoneinfo import ZoneInfo  # takes 2 ms to import; few programs have values with such zones
+
+    return zone if isinstance(zone, ZoneInfo) else None
+
+
 def _read_zoned(form: list[Any]) -> datetime | time:
     name, text, fold, place = form
     zone: tzinfo | None = None
     if isinstance(place, str):
+        from zoneinfo import ZoneInfo  # as in _zone_info
+
         zone = ZoneInfo(place)
     elif place is not None:
         offset = timedelta(seconds=place[0])
@@ -475,9 +488,11 @@ def _same_zone(left: tzinfo | None, right: tzinfo | None) -> bool:
     """
     if left is right:
         return True
-    if isinstance(left, ZoneInfo) and isinstance(right, ZoneInfo):
-        return left.key == right.key and bool(left.key)
-    if left is None or right is None or isinstance(left, ZoneInfo) or isinstance(right, ZoneInfo):
+    first = _zone_info(left)
+    second = _zone_info(right)
+    if first is not None and second is not None:
+        return first.key == second.key and bool(first.key)
+    if left is None or right is None or first is not None or second is not None:
         return False
     if isinstance(left, timezone) and isinstance(right, timezone):
         return left == right and left.tzname(None) == right.tzname(None)

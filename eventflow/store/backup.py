@@ -5,7 +5,6 @@ between; SQLite carries these over into the copy. A second connection would star
 commit, or hold a read transaction as long as the disk takes.
 """
 
-import glob
 import os
 import sqlite3
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 from eventflow.core.errors import UsageError
-from eventflow.store.file_guards import sync_folder
+from eventflow.store.file_guards import TEMPORARY_COPY, sync_folder
 
 PAGES_PER_STEP = 512
 """Between two commits, 2 MiB: a few milliseconds of waiting for others."""
@@ -48,7 +47,7 @@ def temporary_copy(
     returns: closing the connection frees the space.
     """
     folder, name = os.path.split(store_path)
-    handle, path = tempfile.mkstemp(prefix=f"{name}{_TEMPORARY}", dir=folder)  # mode 0600
+    handle, path = tempfile.mkstemp(prefix=f"{name}{TEMPORARY_COPY}", dir=folder)  # mode 0600
     os.close(handle)
     try:
         _copy(connection, path, between, durable=False)
@@ -59,15 +58,6 @@ def temporary_copy(
         return copy
     finally:
         os.unlink(path)
-
-
-def remove_temporary_copies(store_path: str) -> None:
-    """Remove the copies that a killed process left. Call it with the lock of the store."""
-    for path in glob.glob(f"{glob.escape(store_path)}{_TEMPORARY}*"):
-        os.unlink(path)
-
-
-_TEMPORARY = ".check-"
 
 
 def _copy(

@@ -7,11 +7,11 @@ sqlite.py and writer.py use them. Their files are beside the store: `STORE.lock`
 
 import errno
 import fcntl
-import glob
 import os
 import sqlite3
 import struct
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 from zlib import crc32
 
@@ -154,11 +154,23 @@ def _owner_pid(inode: int) -> int | None:
     """The pid of the process that locked the owner's byte of this file; None if unknown: no /proc,
     or a process of another user or container.
     """
-    for name in glob.glob("/proc/[0-9]*/fdinfo/*"):
-        with suppress(OSError), open(name) as file:
+    for name in Path("/proc").glob("[0-9]*/fdinfo/*"):
+        with suppress(OSError), name.open() as file:
             if any(f":{inode} {_OWNER_BYTE} " in line for line in file if "OFDLCK" in line):
-                return int(name.split("/")[2])
+                return int(name.parts[2])
     return None
+
+
+TEMPORARY_COPY = ".check-"
+"""In the names of temporary copies of a store, after its own name; see backup.py."""
+
+
+def remove_temporary_copies(path: str) -> None:
+    """Removes the copies that a killed process left. Call it with the lock of the store."""
+    folder, name = os.path.split(path)
+    for each in os.listdir(folder or "."):
+        if each.startswith(f"{name}{TEMPORARY_COPY}"):
+            os.unlink(os.path.join(folder, each))
 
 
 def check_first_name(path: str) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eventflow.core.errors import StoreError
-from eventflow.store.backup import back_up
 
 SCHEMA = Path(__file__).with_name("schema")
 CURRENT = "current.sql"
@@ -68,5 +67,7 @@ def migrate(
 
 def _keep_old(connection: sqlite3.Connection, path: str) -> None:
     """Copies the store. A copy that exists is from a migration that failed and holds the same."""
+    from eventflow.store.backup import back_up  # once per upgrade
+
     if not os.path.exists(path):
         back_up(connection, path, lambda: None)

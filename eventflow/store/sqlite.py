@@ -22,8 +22,6 @@ from eventflow.events.storable import storable_text
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Run, State
 from eventflow.store import admin, late_runs, outbox, queries, retention
-from eventflow.store.audit import audit
-from eventflow.store.backup import back_up, remove_temporary_copies, temporary_copy
 from eventflow.store.file_guards import (
     DiskSpaceGuard,
     HighWater,
@@ -32,6 +30,7 @@ from eventflow.store.file_guards import (
     check_first_name,
     lock_holder_pid,
     make_store_folder,
+    remove_temporary_copies,
     sync_folder,
 )
 from eventflow.store.load import load_journal, load_payloads
@@ -417,6 +416,8 @@ class SqliteStore:
         return removed
 
     async def backup(self, path: str) -> None:
+        from eventflow.store.backup import back_up  # as audit.py below: for administration only
+
         writer = self._open_writer()
         await self._submit(
             ConnectionJob(lambda connection: back_up(connection, path, writer.serve_others))
@@ -428,6 +429,9 @@ class SqliteStore:
         While a worker is attached, a copy is checked, so that no read transaction keeps the WAL
         from being reset. Raises StoreFull if the disk has no space for the copy.
         """
+        from eventflow.store.audit import audit
+        from eventflow.store.backup import temporary_copy
+
         writer = self._open_writer()
         if self._readers is None or self._listeners.receiver is None:
             return await self._read(audit, budget=math.inf)

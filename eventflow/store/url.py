@@ -5,7 +5,6 @@ from typing import Any
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import UsageError
-from eventflow.store.read_only import ReadOnlyStore
 from eventflow.store.sqlite import SqliteStore
 
 _PREFIX = "sqlite:///"
@@ -36,5 +35,8 @@ def open_store(url: str, clock: Clock, *, read_only: bool = False, **options: An
             f"the folder {path}; name a file in it" if os.path.isdir(path) else f"the device {path}"
         )
         raise UsageError(f"--store expected a file, found {found}")
-    kind = ReadOnlyStore if read_only else SqliteStore
-    return kind(path, clock=clock, **options)
+    if read_only:
+        from eventflow.store.read_only import ReadOnlyStore  # the command line has a use for it
+
+        return ReadOnlyStore(path, clock=clock, **options)
+    return SqliteStore(path, clock=clock, **options)

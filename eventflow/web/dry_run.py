@@ -1,8 +1,8 @@
 """`GET /api/dry-run`: which runs past events would start with the current code; starts none.
 
 The server side of `eventflow replay --since … --dry-run`, one request for the whole period. It
-parses the query, calls dry_run/replay.py and stops when the client disconnects. api.py lists the
-route.
+parses the query, calls dry_run/replay.py (imported by the first request) and stops when the client
+disconnects. api.py lists the route.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from eventflow.app import App
-from eventflow.dry_run.replay import DEFAULT_LIMIT, MAX_LIMIT, DryRunQuery, dry_run
 from eventflow.events.event import Json as JsonValue
 from eventflow.web.responses import ApiRoute, Json, check_query, instant, whole_number
 
@@ -28,6 +27,8 @@ class DryRun:
 
     async def dry_run(self, request: Request) -> Response:
         """`?since=&until=&type=&to=&limit=`, all optional."""
+        from eventflow.dry_run.replay import DEFAULT_LIMIT, MAX_LIMIT, DryRunQuery, dry_run
+
         check_query(request, "since", "until", "type", "to", "limit")
         app = self._opened()
         params = request.query_params
