@@ -15,16 +15,18 @@ import asyncio
 import json
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tests import aws, brokers
 from tests.crash.verdict import verdict
 from tests.server_process import EventflowProcess
-from tests.soak.figures import HEAD, Sample, Verdict, grown_kinds, judge, read
+from tests.soak.figures import HEAD, Change, Observed, Sample, Verdict, changes, judge, read
 from tests.soak.traffic import PARTITIONS, Traffic
 
 APP = Path(__file__).with_name("app.py")
@@ -40,7 +42,7 @@ class Soak:
 
     `seconds`: of traffic; the first half warms up. `rest`: seconds of a durable sleep. `keep`:
     seconds of retention. `slack`: times the allowed rise. `leak`: names of figures that are to
-    grow.
+    grow, each with `/N` if only every N-th order leaks.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Soak:
         self.verdicts: list[Verdict] = []
         self.wrong: list[str] = []
         self.counts: dict[str, int] = {}
+        self._ports: dict[int, str] = {}
 
     @property
     def warm_up(self) -> float:
@@ -86,6 +89,8 @@ class Soak:
             bucket = aws.Bucket(cloud)
             place = {"SOAK_BUCKET": bucket.name, "SOAK_QUEUE": bucket.queue().url}
             asyncio.run(create_topics(broker))
+            self._ports[port_of(f"kafka://{broker.server}")] = "Kafka"
+            self._ports[port_of(cloud.url)] = "S3 and SQS"
             with self._server({"SOAK_BROKER": broker.server, **place, **cloud.env}) as server:
                 traffic = Traffic(
                     server.url,
@@ -125,21 +130,17 @@ class Soak:
     async def _load(self, server: EventflowProcess, traffic: Traffic) -> None:
         """Traffic and samples for `seconds`."""
         stats = self.folder / "stats"
+        ports = {**self._ports, port_of(server.url): "the server"}
+        place = Observed(server.process.pid, self.folder / "store.db", stats, ports)
         async with asyncio.TaskGroup() as group:
             group.create_task(traffic.run())
             began = time.monotonic()
             while (at := time.monotonic() - began) < self.seconds:
                 if stats.exists():
-                    self.samples.append(await asyncio.to_thread(self._sample, server, at))
+                    self.samples.append(await asyncio.to_thread(sample, server, place, at))
                     show_progress(at, self.seconds, self.samples[-1])
                 await asyncio.sleep(self.interval)
             traffic.over.set()
-
-    def _sample(self, server: EventflowProcess, at: float) -> Sample:
-        pending = server.get("/api/counts")["pending"]
-        return read(
-            server.process.pid, at, self.folder / "store.db", self.folder / "stats", pending
-        )
 
     def _settle(self, server: EventflowProcess, traffic: Traffic) -> None:
         """Waits until nothing is pending and every note is there; then the accounts."""
@@ -167,7 +168,9 @@ class Soak:
             self.wrong.append(f"the sink has {found} of {orders} messages")
 
     def report(self) -> str:
-        """The table, and what grew if anything did."""
+        """The table, what the threads and descriptors are, and which objects grew if anything
+        did.
+        """
         lines = [
             f"{self.seconds:g} s, the last {self.seconds - self.warm_up:g} s judged, "
             f"{len(self.samples)} samples: {self.counts.get('events', 0):,} events, "
@@ -175,14 +178,31 @@ class Soak:
             HEAD,
             *(each.row() for each in self.verdicts),
         ]
-        if not all(each.flat for each in self.verdicts):
-            grown = grown_kinds(self.samples, self.warm_up)
-            lines.append(f"  what there is more of: {', '.join(grown)}")
+        for name in ("descriptors", "threads"):
+            lines += listing(name, changes(self.samples, self.warm_up, name))
+        if self.growing:
+            found = changes(self.samples, self.warm_up, "objects")
+            lines += listing("objects", [each for each in found if each.last > each.first][:12])
         return "\n".join(lines)
 
     @property
     def growing(self) -> list[str]:
         return [each.figure.name for each in self.verdicts if not each.flat]
+
+
+def sample(server: EventflowProcess, place: Observed, at: float) -> Sample:
+    return read(place, at, server.get("/api/counts")["pending"])
+
+
+def listing(name: str, found: Sequence[Change]) -> list[str]:
+    """Lines of the kinds of one figure, at the end, with their changes."""
+    text = f"{name}: {'; '.join(map(str, found))}"
+    return textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
+
+
+def port_of(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or {"https": 443}.get(parts.scheme, 80)
 
 
 async def create_topics(broker: brokers.Broker) -> None:
@@ -203,7 +223,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--rate", type=float, default=1.0, help="times the usual traffic")
     parser.add_argument(
-        "--leak", action="append", default=[], help="a figure that is to grow, to see it found"
+        "--leak",
+        action="append",
+        default=[],
+        metavar="FIGURE[/N]",
+        help="a figure that is to grow with each order, or every N-th, to see it found",
     )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="eventflow-soak-"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 SCHEDULES = {"every": 1, "cron": 2}
 """Seconds between two occurrences, by the name of the schedule."""
-OF_THE_APP = ("drift", "failed", "late", "at", *SCHEDULES)
+OF_THE_APP = ("drift", "failed", "late", "at", "pools", *SCHEDULES)
 """Kinds of notes that nobody sent."""
 
 
@@ -47,7 +47,7 @@ class Account:
             f"{kind} {ident}: {n} times, expected 1" for (kind, ident), n in own.items() if n > 1
         ]
         numbers = Counter(kind for kind, _ in own)
-        expected = {"at": 1, "failed": self.number_of("fail"), "late": self.cancelled}
+        expected = {"at": 1, "pools": 1, "failed": self.number_of("fail"), "late": self.cancelled}
         wrong += [
             f"{numbers[kind]} notes of {kind}, expected {number}"
             for kind, number in expected.items()

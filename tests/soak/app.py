@@ -3,7 +3,8 @@
 `__main__.py` serves it with `eventflow serve`; traffic.py sends what it handles. Each run notes
 what it did as a line `KIND IDENT` in the file $SOAK_EFFECTS, which is compared with what was sent,
 since the ledger itself forgets. A thread writes what only the process knows to $SOAK_STATS.
-$SOAK_LEAK names figures that are to grow: the proof that the verdicts can fail.
+$SOAK_LEAK names figures that are to grow, `threads/100` with every hundredth order: the proof that
+the verdicts can fail.
 """
 
 import asyncio
@@ -11,12 +12,15 @@ import ctypes
 import gc
 import json
 import os
+import re
+import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from eventflow import (
     Batch,
     Debounce,
     Event,
+    Intake,
     Latest,
     Retry,
     Singleflight,
@@ -42,6 +47,7 @@ from eventflow import (
     task,
     timeout,
 )
+from eventflow.store.readers import READER_THREADS
 from triggers import (
     S3,
     At,
@@ -72,7 +78,13 @@ TOO_LONG = 60.0
 """Seconds of what is timed out."""
 BLOCK = 0.3
 """Seconds of a plain body, which nothing can end."""
-LEAKS = frozenset(filter(None, os.environ.get("SOAK_LEAK", "").split(",")))
+LEAKS = {
+    name: int(every or 1)
+    for name, _, every in (
+        each.partition("/") for each in os.environ.get("SOAK_LEAK", "").split(",")
+    )
+}
+"""By the figure, how many orders to one leak."""
 BROKER = os.environ.get("SOAK_BROKER", "localhost:9092")
 MEMBER: dict[str, Any] = {"session_timeout_ms": 6_000, "rebalance_timeout_ms": 1_000}
 
@@ -88,22 +100,23 @@ def note(kind: str, *idents: str) -> None:
         os.close(fd)
 
 
-async def leak() -> None:
-    """What a body with the fault named in $SOAK_LEAK would leave behind, once per order."""
-    if "memory" in LEAKS:
+async def leak(n: int) -> None:
+    """What a body with the fault named in $SOAK_LEAK would leave behind, at the n-th order."""
+    due = {name for name, every in LEAKS.items() if n % every == 0}
+    if "memory" in due:
         leaked.append(b"\1" * 400_000)
-    if "descriptors" in LEAKS:
-        leaked.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    if "threads" in LEAKS:
+    if "descriptors" in due:
+        leaked.append(socket.socket())
+    if "threads" in due:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-    if "tasks" in LEAKS:
+    if "tasks" in due:
         leaked.append(asyncio.get_running_loop().create_task(asyncio.Event().wait()))
-    if "objects" in LEAKS:
+    if "objects" in due:
         leaked.append([[] for _ in range(2_000)])
-    if "store" in LEAKS:
+    if "store" in due:
         Path(f"{app.store.path}.blobs", f"x{len(leaked)}").write_bytes(b"x" * 200_000)
         leaked.append(None)
-    if "backlog" in LEAKS:
+    if "backlog" in due:
         await app.emit("forever.begun", {})
 
 
@@ -117,7 +130,7 @@ async def noted(kind: str, idents: list[str]) -> None:
 
 @task
 async def price(n: int) -> int:
-    await leak()
+    await leak(n)
     return n * 2
 
 
@@ -261,6 +274,11 @@ async def fails(id: str) -> None:
 
 
 @flow
+async def filled(event: Event) -> None:
+    await noted("pools", [event.id])
+
+
+@flow
 async def failed(run: str) -> None:
     await noted("failed", [run])
 
@@ -334,8 +352,8 @@ def idents_of(events: Sequence[Event]) -> list[str]:
 
 
 def survey() -> dict[str, Any]:
-    """Objects that survive a garbage collection, asyncio tasks among them; which they are, and the
-    names of the threads.
+    """Objects that survive a garbage collection, asyncio tasks among them; which they are, and
+    which threads there are.
     """
     # A list of all objects refers to half-made tuples of other threads, which C code must not meet
     # (it resizes them): none of them runs meanwhile.
@@ -347,10 +365,20 @@ def survey() -> dict[str, Any]:
     finally:
         sys.setswitchinterval(interval)
     tasks = sum(n for each, n in classes.items() if issubclass(each, asyncio.Task))
-    kinds = {f"{each.__module__}.{each.__qualname__}": n for each, n in classes.most_common(100)}
-    names = (thread.name.rstrip("0123456789") for thread in threading.enumerate())
-    kinds |= Counter(f"thread {name}" for name in names)
+    objects = {f"{each.__module__}.{each.__qualname__}": n for each, n in classes.most_common(100)}
+    kinds = {"objects": objects, "threads": threads()}
     return {"objects": classes.total(), "tasks": tasks, "kinds": kinds}
+
+
+def threads() -> Counter[str]:
+    """Numbers of threads by name, those of libraries in C and Rust included."""
+    names = {str(each.native_id): each.name for each in threading.enumerate()}
+    found: Counter[str] = Counter()
+    for each in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            name = names.get(each) or Path(f"/proc/self/task/{each}/comm").read_text().strip()
+            found[re.sub(r"\d+", "N", name)] += 1
+    return found
 
 
 def sqlite_memory() -> int:
@@ -381,13 +409,46 @@ async def lifespan() -> AsyncIterator[None]:
     await asyncio.to_thread(thread.join)
 
 
+# ------------------------------------------------------------------ the pools of threads
+
+
+async def fill(size: int, enter: Callable[[Callable[[], int]], Awaitable[int]]) -> None:
+    """Gives a pool all its threads: as many calls as it has are in it at the same time.
+    BrokenBarrierError when it has fewer.
+    """
+    gate = threading.Barrier(size, timeout=30.0)
+    await asyncio.gather(*(enter(gate.wait) for _ in range(size)))
+
+
+class FilledPools:
+    """A trigger that fills all pools, and has an event when they are full.
+
+    A pool that gets its last thread when some moment has more work than any before looks like a
+    leak, however late that is. The sizes are the product's own.
+    """
+
+    name = "pools"
+
+    async def listen(self, intake: Intake) -> None:
+        flows = app.runtime.own_loop
+        bodies = app.runtime.worker.threads
+        assert flows is not None
+        of_a_loop = ThreadPoolExecutor()._max_workers  # what asyncio.to_thread uses
+        await fill(of_a_loop, asyncio.to_thread)
+        await flows.call(fill(of_a_loop, asyncio.to_thread))
+        await fill(READER_THREADS, lambda wait: app.store._read(lambda _: wait()))
+        await fill(bodies.limit, lambda wait: asyncio.wrap_future(bodies.submit(wait)))
+        await intake.accept(Event(id="filled", source="soak", type="pools.filled", data={}))
+        await asyncio.Event().wait()
+
+
 # ------------------------------------------------------------------ the app
 
 
 app = App(
     "soak",
     lifespan=lifespan,
-    threads=8,  # few, so that all of them exist after the warm-up
+    threads=8,  # few, so that some bodies have to wait
     retention=KEEP,
     identities=2 * KEEP,
     ballast=0,
@@ -461,6 +522,7 @@ app.on(sequence("placed", then="paid", unless="withdrawn", within=60, by="key"),
 app.on(all_of("left", "right", within=60, by="key"), matched)
 app.on(absent("shipped", 1, after="sold", by="key"), matched)
 
+app.on(FilledPools(), filled)
 app.on(RunState(fails, "failed"), failed)
 app.on(RunState(nap, "late", after=0.5), late)
 app.on("forever.begun", forever)

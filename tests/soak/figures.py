@@ -8,6 +8,7 @@ compares its rise over that part with what is allowed.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,13 +21,13 @@ MB = 1 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """`at`: seconds since the traffic began. `values`: by the name of the figure. `kinds`: numbers
-    of objects by class, and of threads by name.
+    """`at`: seconds since the traffic began. `values`: by the name of the figure. `kinds`: what a
+    figure counts: objects by class, threads by name, descriptors by what they refer to.
     """
 
     at: float
     values: Mapping[str, float]
-    kinds: Mapping[str, int]
+    kinds: Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,11 @@ FIGURES = (
         name="memory", what="memory but for page caches", allowed=4 * MB, share=0.03,
         scale=MB, unit=" MB",
     ),
-    # Opened and closed with each effect, file and request: the median of many does not move.
+    # Opened and closed with each effect, file and request: the median of many does not move. The
+    # senders keep one connection each.
     Figure(name="descriptors", what="open descriptors", allowed=2),
-    # A pool gets its last threads when some moment has more work than any before.
-    Figure(name="threads", what="threads", allowed=3),
+    # The app fills each pool at its start. A few threads come and go.
+    Figure(name="threads", what="threads", allowed=2),
     # Follow the number of runs in memory, which varies with the moment.
     Figure(name="tasks", what="asyncio tasks", allowed=20, share=0.1),
     Figure(name="objects", what="Python objects after a collection", allowed=5_000, share=0.02),
@@ -124,34 +126,116 @@ def judge(samples: Sequence[Sample], warm_up: float, slack: float = 1.0) -> list
     return verdicts
 
 
-def grown_kinds(samples: Sequence[Sample], warm_up: float) -> list[str]:
-    """The classes and threads whose number rose most: where to look first."""
-    judged = [sample for sample in samples if sample.at >= warm_up]
-    first, last = judged[0].kinds, judged[-1].kinds
-    rises = {name: count - first.get(name, count) for name, count in last.items()}
-    ranked = sorted(rises.items(), key=lambda item: -item[1])
-    return [f"{name} {rise:+,}" for name, rise in ranked[:8] if rise > 0]
+@dataclass(frozen=True)
+class Change:
+    """Medians of the first and the last tenth of the judged samples."""
+
+    kind: str
+    first: float
+    last: float
+
+    def __str__(self) -> str:
+        change = f" ({self.last - self.first:+,g})" if self.last != self.first else ""
+        return f"{self.kind} {self.last:,g}{change}"
+
+
+def changes(samples: Sequence[Sample], warm_up: float, figure: str) -> list[Change]:
+    """Of each kind that the figure counts, those that rose most first. Left out is what most
+    samples do not have.
+    """
+    judged = [sample.kinds.get(figure, {}) for sample in samples if sample.at >= warm_up]
+    tenth = max(3, len(judged) // 10)
+    found = [
+        Change(
+            kind,
+            first=median(each.get(kind, 0) for each in judged[:tenth]),
+            last=median(each.get(kind, 0) for each in judged[-tenth:]),
+        )
+        for kind in {kind for each in judged for kind in each}
+    ]
+    kept = [each for each in found if each.first or each.last]
+    return sorted(kept, key=lambda each: (each.first - each.last, -each.last, each.kind))
 
 
 # ------------------------------------------------------------------ reading
 
+TCP_STATES = {"01": "connection", "08": "connection closed by the peer", "0A": "listening socket"}
+"""By the number in /proc/net/tcp."""
 
-def read(pid: int, at: float, store: Path, stats: Path, pending: int) -> Sample:
+
+@dataclass(frozen=True)
+class Observed:
+    """Where to read. `ports`: names of what listens on them, the server itself included."""
+
+    pid: int
+    store: Path
+    stats: Path
+    ports: Mapping[int, str]
+
+
+def read(server: Observed, at: float, pending: int) -> Sample:
     """One sample. Raises FileNotFoundError when the process is gone."""
-    counted: dict[str, Any] = json.loads(stats.read_text())
+    counted: dict[str, Any] = json.loads(server.stats.read_text())
     status = dict(
-        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        line.split(":", 1) for line in Path(f"/proc/{server.pid}/status").read_text().splitlines()
     )
+    descriptors = descriptors_of(server)
     values = {
         "memory": int(status["VmRSS"].split()[0]) * 1024 - counted["page_caches"],
-        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "descriptors": descriptors.total(),
         "threads": int(status["Threads"]),
         "tasks": counted["tasks"],
         "objects": counted["objects"],
-        "store": store_size(store),
+        "store": store_size(server.store),
         "backlog": pending,
     }
-    return Sample(at, values, counted["kinds"])
+    return Sample(at, values, {**counted["kinds"], "descriptors": dict(descriptors)})
+
+
+def descriptors_of(server: Observed) -> Counter[str]:
+    """How many refer to each file, each peer, and each kind of what has no name."""
+    proc = Path(f"/proc/{server.pid}")
+    sockets = sockets_of(proc / "net", server.ports)
+    found: Counter[str] = Counter()
+    for each in os.listdir(proc / "fd"):
+        try:
+            target = os.readlink(proc / "fd" / each)
+        except FileNotFoundError:  # closed since
+            continue
+        kind, _, number = target.partition(":")
+        if kind == "socket":
+            found[sockets.get(number.strip("[]"), "socket without an address")] += 1
+        elif kind == "anon_inode":
+            found[number.strip("[]")] += 1
+        else:
+            found[name_of(target, server.store) if target.startswith("/") else kind] += 1
+    return found
+
+
+def name_of(path: str, store: Path) -> str:
+    """Of a file beside the store: its name, or that of the folder it is in."""
+    folder = f"{store.parent}/"
+    if not path.startswith(folder):
+        return path
+    first, slash, _ = path.removeprefix(folder).partition("/")
+    return first + slash
+
+
+def sockets_of(net: Path, ports: Mapping[int, str]) -> dict[str, str]:
+    """What each socket is for, by its inode; those without an address are missing."""
+    found: dict[str, str] = {}
+    for table in net.glob("tcp*"):  # tcp6 only where there is IPv6
+        for line in table.read_text().splitlines()[1:]:
+            _, local, peer, state, *_ = fields = line.split()
+            own = ports.get(int(local.rpartition(":")[2], 16))
+            other = int(peer.rpartition(":")[2], 16)
+            if own is None:
+                name = f"connection to {ports.get(other, f'port {other}')}"
+            else:
+                name = f"{TCP_STATES.get(state, f'connection in state {state}')} of {own}"
+            found[fields[9]] = name
+    unix = (net / "unix").read_text().splitlines()[1:]
+    return found | {line.split()[6]: "unix socket" for line in unix}
 
 
 def store_size(store: Path) -> int:

@@ -7,7 +7,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ DELETE_AFTER = 10.0
 class Traffic:
     """Sends until `over` is set. `run` returns when the last sender has, and raises what a sender
     raised.
+
+    The number of its connections is the same on a fast and on a slow machine, so that one that the
+    server does not close is seen: each route of the server has one, which stays open, and some
+    requests have one of their own.
     """
 
     def __init__(
@@ -43,13 +47,9 @@ class Traffic:
         self.duplicates = 0
         self.over = asyncio.Event()
         self._draw = random.Random(1)
-        self._client = httpx2.AsyncClient(
-            base_url=url,
-            headers={"authorization": f"Bearer {token}"},
-            timeout=30,
-            trust_env=False,
-            limits=httpx2.Limits(max_connections=20),
-        )
+        self._url = url
+        self._headers = {"authorization": f"Bearer {token}"}
+        self._clients: dict[str, httpx2.AsyncClient] = {}
 
     async def run(self) -> None:
         senders: dict[Callable[[str, int], Awaitable[None]], float] = {
@@ -66,14 +66,17 @@ class Traffic:
             self._nap: 1,
             self._task_kinds: 3,
         }
-        async with (
-            self._client,
-            self.broker.producer(linger_ms=5) as producer,
-            asyncio.TaskGroup() as group,
-        ):
-            senders[lambda ident, n: self._record(producer, ident, n)] = 15
-            for send, per_second in senders.items():
-                group.create_task(self._steadily(send, per_second * self.rate, len(senders)))
+        try:
+            async with (
+                self.broker.producer(linger_ms=5) as producer,
+                asyncio.TaskGroup() as group,
+            ):
+                senders[lambda ident, n: self._record(producer, ident, n)] = 15
+                for send, per_second in senders.items():
+                    group.create_task(self._steadily(send, per_second * self.rate, len(senders)))
+        finally:
+            for client in self._clients.values():
+                await client.aclose()
 
     async def _steadily(
         self, send: Callable[[str, int], Awaitable[None]], per_second: float, spread: int
@@ -88,12 +91,37 @@ class Traffic:
             await send(f"{prefix}-{number}", number)
             number += 1
 
-    async def _post(self, path: str, body: Any, expected: int = 202, **headers: str) -> Any:
+    def _open_client(self) -> httpx2.AsyncClient:
+        """With one connection, whose requests wait for one another."""
+        return httpx2.AsyncClient(
+            base_url=self._url,
+            headers=self._headers,
+            timeout=30,
+            trust_env=False,
+            verify=False,
+            limits=httpx2.Limits(max_connections=1, keepalive_expiry=None),
+        )
+
+    async def _post(self, path: str, body: Any, **headers: str) -> Any:
+        """The answer, on the connection of the route."""
+        route = path.split("/")[2]
+        if route not in self._clients:
+            self._clients[route] = self._open_client()
+        return await self._post_by(self._clients[route], path, body, headers)
+
+    async def _post_by(
+        self,
+        client: httpx2.AsyncClient,
+        path: str,
+        body: Any,
+        headers: Mapping[str, str],
+        expected: int = 202,
+    ) -> Any:
         """The answer. After a 5xx once more, as every sender does; `refusals` has it."""
-        answer = await self._client.post(path, json=body, headers=headers)
+        answer = await client.post(path, json=body, headers=headers)
         if answer.status_code >= 500:
             self.refusals.append(f"POST {path}: {answer.status_code} {answer.text}")
-            answer = await self._client.post(path, json=body, headers=headers)
+            answer = await client.post(path, json=body, headers=headers)
         elif answer.status_code != expected:
             raise RuntimeError(f"POST {path}: {answer.status_code} {answer.text}")
         return answer.json()
@@ -101,13 +129,17 @@ class Traffic:
     # ------------------------------------------------------------------ webhooks
 
     async def _order(self, ident: str, n: int) -> None:
-        """A tenth of them twice: the second is a duplicate, and starts nothing."""
+        """A tenth of them twice: the second is a duplicate, and starts nothing. It comes on a new
+        connection, which now the server closes and now the sender.
+        """
         self.account.expect(ident, "order", "account")
         body = {"id": ident, "n": n, "customer": n % 50}
         await self._post("/hooks/orders", body)
         if n % 10 == 0:
             self.duplicates += 1
-            await self._post("/hooks/orders", body, 200)
+            headers = {"connection": "close"} if n % 20 else {}
+            async with self._open_client() as client:
+                await self._post_by(client, "/hooks/orders", body, headers, 200)
 
     async def _click(self, ident: str, n: int) -> None:
         self.account.expect(ident, "batch")
@@ -179,7 +211,7 @@ class Traffic:
         for number, kind in enumerate(types):
             headers = {"ce-specversion": "1.0", "ce-source": "soak", "ce-type": kind}
             headers["ce-id"] = f"{ident}-{number}"
-            await self._post("/api/events", {"key": ident}, 202, **headers)
+            await self._post("/api/events", {"key": ident}, **headers)
 
     # ------------------------------------------------------------------ runs by the API
 
