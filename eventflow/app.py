@@ -469,7 +469,7 @@ class App:
                     "an event: app.emit(type, data)"
                 )
         return await runtime.reactor.record(
-            lambda: [runtime.router.route(EMITTED, event) for event in events],
+            lambda: runtime.router.route_all(EMITTED, events),
             EMITTED,
             max_wait=max_wait,
         )

@@ -56,15 +56,12 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises TypeError for data without a JSON form, such as integers beyond 64 bits.
         """
-        return self.to_json_with(self.data_json())
+        return self.to_json_parts()[0]
 
-    def data_json(self) -> bytes | None:
-        """The JSON of the data; None for `bytes` and for no data. Raises TypeError as `to_json`."""
-        data = self.data
-        return None if data is None or isinstance(data, bytes) else orjson.dumps(data)
-
-    def to_json_with(self, data: bytes | None) -> bytes:
-        """`to_json` for a caller that has `data_json` already."""
+    def to_json_parts(self) -> tuple[bytes, bytes | None]:
+        """`to_json`, and the part of it that is the JSON of the data: None for `bytes` and for no
+        data.
+        """
         fields: dict[str, Any] = {
             "specversion": "1.0",
             "id": self.id,
@@ -81,11 +78,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
             fields["dataschema"] = self.dataschema
         if self.extensions:
             fields.update(self.extensions)
-        if data is not None:
-            fields["data"] = orjson.Fragment(data)
-        elif self.data is not None:
-            fields["data_base64"] = base64.b64encode(self.data).decode()
-        return orjson.dumps(fields)
+        data = self.data
+        if data is None:
+            return orjson.dumps(fields), None
+        if isinstance(data, bytes):
+            fields["data_base64"] = base64.b64encode(data).decode()
+            return orjson.dumps(fields), None
+        text = orjson.dumps(data)
+        fields["data"] = orjson.Fragment(text)
+        return orjson.dumps(fields), text
 
     @classmethod
     def from_json(cls, body: bytes) -> "Event":

@@ -31,7 +31,7 @@ def check_storable(event: Event, body: bytes) -> None:
     found: Any = event  # made by code without types
     if not (isinstance(found.id, str) and isinstance(found.source, str)):
         raise TypeError("id and source: expected a str each")
-    if not isinstance(found.subject, str | None):
+    if found.subject is not None and not isinstance(found.subject, str):
         raise TypeError(f"subject: expected a str, found {type(found.subject).__name__}")
     if b"null" in body and not _is_finite(event.data):
         raise ValueError("data: expected finite numbers, found NaN or Infinity")

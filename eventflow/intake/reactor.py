@@ -1,6 +1,6 @@
 """The reactor: one supervised listener per trigger, and the intake that makes their events durable.
 
-    Trigger.listen ─► TriggerIntake.accept ─► Router.route ─► Store.post ─► receipts ─► trigger acks
+    Trigger.listen ─► TriggerIntake.accept ─► Router.route_all ─► Store.post ─► receipts ─► acks
 
 What the calls of a trigger hand in within one turn of the loop is one operation of the store.
 `Runtime` starts and stops it on the intake loop. A listener that raises is logged and restarted
@@ -36,7 +36,8 @@ from eventflow.intake.received_log import log_received
 from eventflow.logs.log import get_logger
 from eventflow.loop.left_behind import leave_behind
 from eventflow.routing.dead_letter_log import log_dead_letters
-from eventflow.routing.router import Router, identity
+from eventflow.routing.plans import identity
+from eventflow.routing.router import Router
 from eventflow.store.protocol import Arrival, RecordEvents, Store
 
 MAX_EVENTS = 4096
@@ -139,7 +140,7 @@ class TriggerIntake:
 
         def route() -> list[Arrival]:
             # Again after each wait: the trigger may have been paused or resumed meanwhile.
-            return [reactor.router.route(trigger, item, health.paused) for item in items]
+            return reactor.router.route_all(trigger, items, health.paused)
 
         receipts = await reactor.record(route, trigger, cursor, max_wait=max_wait)
         self._count(items, receipts)

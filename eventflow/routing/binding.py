@@ -48,13 +48,13 @@ class Binder:
 
     __slots__ = (
         "_adapters",
+        "_complete",
         "_convert_record",
         "_data_parameters",
         "_event_lists",
         "_event_parameters",
         "_flow",
         "_might_take_whole",
-        "_readers",
         "_record",
         "_required",
         "_signature",
@@ -91,9 +91,7 @@ class Binder:
                 )
         self._data_parameters: list[str] = [name for name, _, _ in fields]
         self._record: type[msgspec.Struct] = msgspec.defstruct("Parameters", fields)
-        self._convert_record: Callable[[Any], msgspec.Struct] = partial(
-            msgspec.convert, type=self._record, str_keys=True, dec_hook=_read_model
-        )
+        self._convert_record: Callable[[Any], msgspec.Struct] = _converter(self._record)
         # the only parameter that data can fill, if there is exactly one
         self._single: str | None = (
             self._data_parameters[0] if len(fields) == 1 and self._var_keyword is None else None
@@ -110,19 +108,20 @@ class Binder:
             name = self._required[0]
             if name not in hints or _takes_object(hints[name]):
                 self._might_take_whole = name
-        # the readers of an event's data as JSON (by name, whole), if it alone makes the arguments
-        self._readers: tuple[Callable[[bytes], Any], Callable[[bytes], Any] | None] | None = None
-        if not (self._event_parameters or self._event_lists or self._adapters or self._var_keyword):
-            whole = None
-            if self._single is not None and (self._takes_whole_data or self._takes_untyped_data):
-                whole = _json_reader(self._record.__annotations__[self._single])
-            self._readers = (_json_reader(self._record), whole)
+        takes_whole = self._takes_whole_data or self._takes_untyped_data
+        self._complete = CompleteArguments(
+            [field[:2] if field[0] in self._required else field for field in fields],
+            whole=self._single if takes_whole else None,
+            is_data_enough=not (
+                self._event_parameters or self._event_lists or self._adapters or self._var_keyword
+            ),
+        )
 
     def bind_event(self, event: Event) -> dict[str, Any]:
         """The arguments for an event. Raises BindingError naming the field and the reason."""
         data = event.data
         needs_more = self._takes_whole_data or self._var_keyword or self._adapters
-        arguments = None if needs_more or type(data) is not dict else self._all_by_name(data)
+        arguments = None if needs_more or type(data) is not dict else self._complete.convert(data)
         if arguments is None:
             arguments = self._bind(data, strict=False)
         for name, _ in self._event_parameters:
@@ -137,12 +136,10 @@ class Binder:
         Returns the arguments if they are certain to equal those of the recorded event, and are
         shared with nobody; None if they are to be bound from that. Raises BindingError.
         """
-        if data is not None and self._readers is not None:
-            arguments = self._read(self._readers, event.data, data)
-            if arguments is not None:
-                return arguments
-        self.bind_event(event)
-        return None
+        arguments = None if data is None else self._complete.decode(event.data, data)
+        if arguments is None:
+            self.bind_event(event)
+        return arguments
 
     def bind_events(self, events: Sequence[Event]) -> dict[str, Any]:
         """The arguments for the events of one run, oldest first. Raises BindingError."""
@@ -221,51 +218,12 @@ class Binder:
 
     def bind_unpacked(self, params: bytes, event: Event) -> dict[str, Any] | None:
         """As `bind_arriving`, for a run with these `params`, which `unpack` made."""
-        if self._readers is not None:
-            arguments = self._read(self._readers, None, params)
-            if arguments is not None:
-                return arguments
-        self.bind_params(orjson.loads(params), event)
-        return None
-
-    # --------------------------------------------------------------------------- from JSON
-
-    def _read(self, readers: Any, fields: Any, data: bytes) -> dict[str, Any] | None:
-        """The arguments from `data`, the JSON of `fields`, by the rules of `_bind`; None where an
-        argument is missing or not valid, which `_bind` explains.
-        """
-        read_record, read_whole = readers
-        try:
-            if (
-                read_whole is not None
-                and type(fields) is dict
-                and fields
-                and self._single not in fields
-            ):
-                return {cast(str, self._single): read_whole(data)}
-            arguments = msgspec.structs.asdict(read_record(data))
-        except msgspec.ValidationError:
-            return None
-        for value in arguments.values():
-            if value is _UNSET:
-                break
-        else:
-            return arguments
-        arguments = {name: value for name, value in arguments.items() if value is not _UNSET}
-        return arguments if all(name in arguments for name in self._required) else None
+        arguments = self._complete.decode(None, params)
+        if arguments is None:
+            self.bind_params(orjson.loads(params), event)
+        return arguments
 
     # --------------------------------------------------------------------------- by name
-
-    def _all_by_name(self, fields: Any) -> dict[str, Any] | None:
-        """The fast path for an event in which every parameter is present and valid; else None."""
-        try:
-            arguments = msgspec.structs.asdict(self._convert_record(fields))
-        except msgspec.ValidationError:
-            return None
-        for value in arguments.values():
-            if value is _UNSET:
-                return None
-        return arguments
 
     def _bind(self, data: Any, *, strict: bool) -> dict[str, Any]:
         if not self._data_parameters and self._var_keyword is None and not strict:
@@ -406,6 +364,51 @@ class Binder:
         return annotation
 
 
+class CompleteArguments:
+    """Reads arguments of which every required one is present, and each is valid.
+
+    For all others the result is None, and the binder finds out what is wrong. `fields`: the
+    parameters, as `msgspec.defstruct` takes them. `whole`: the name of a single parameter that
+    takes data without its name as a whole. `is_data_enough`: no parameter is filled otherwise.
+    """
+
+    __slots__ = ("_convert", "_decode", "_decode_whole", "_has_defaults", "_whole")
+
+    def __init__(self, fields: Sequence[Any], *, whole: str | None, is_data_enough: bool) -> None:
+        record = msgspec.defstruct("Arguments", fields, kw_only=True)
+        self._has_defaults: bool = any(len(field) == 3 for field in fields)
+        self._convert: Callable[[Any], Any] = _converter(record)
+        self._decode: Callable[[bytes], Any] | None = (
+            _json_reader(record) if is_data_enough else None
+        )
+        self._whole: str | None = whole
+        self._decode_whole: Callable[[bytes], Any] | None = (
+            _json_reader(record.__annotations__[whole]) if whole is not None else None
+        )
+
+    def convert(self, fields: Any) -> dict[str, Any] | None:
+        """The arguments by name."""
+        try:
+            arguments = msgspec.structs.asdict(self._convert(fields))
+        except msgspec.ValidationError:
+            return None
+        return _without_unset(arguments) if self._has_defaults else arguments
+
+    def decode(self, fields: Any, data: bytes) -> dict[str, Any] | None:
+        """The arguments from `data`, the JSON of `fields`; they share nothing with `fields`."""
+        if self._decode is None:
+            return None
+        try:
+            if self._decode_whole is not None:
+                whole = cast(str, self._whole)
+                if type(fields) is dict and fields and whole not in fields:
+                    return {whole: self._decode_whole(data)}
+            arguments = msgspec.structs.asdict(self._decode(data))
+        except msgspec.ValidationError:
+            return None
+        return _without_unset(arguments) if self._has_defaults else arguments
+
+
 def _check_kind(flow_name: str, parameter: inspect.Parameter) -> None:
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
         raise UsageError(
@@ -434,6 +437,14 @@ def _is_event(annotation: Any) -> bool:
 def _is_list(annotation: Any) -> bool:
     origin: Any = typing.get_origin(annotation)
     return annotation is list or (isinstance(origin, type) and issubclass(list, origin))
+
+
+def _converter(annotation: Any) -> Callable[[Any], Any]:
+    return partial(msgspec.convert, type=annotation, str_keys=True, dec_hook=_read_model)
+
+
+def _without_unset(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not _UNSET}
 
 
 def _json_reader(annotation: Any) -> Callable[[bytes], Any]:

@@ -1,24 +1,25 @@
 """What happens to the events of one type of one trigger: a plan, made once and used for each event.
 
-A plan is one step per subscription that accepts these events, in the order of registration: flows,
+A plan has one step per subscription that accepts these events, in the order of registration: flows,
 patterns and, for emitted events, sinks. A step is called with an event and its `Arrival`; it adds
 the run, the dead letter, the message or the pattern event to the arrival and returns its verdict as
 JSON, whose constant parts were written when the plan was made. router.py makes plans, keeps them
-and calls their steps. The content of an event never raises in a step: user code (`where=`,
+and asks them for arrivals. The content of an event never raises in a step: user code (`where=`,
 `params=`, `key=`) that raises is the verdict *invalid*.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import msgspec
 import orjson
 
 from eventflow.core.declarations import format_location, is_own_file
 from eventflow.core.errors import BindingError, error_line
+from eventflow.core.hashing import digest_text
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Event
-from eventflow.events.storable import storable_text
+from eventflow.events.storable import check_storable, storable_text
 from eventflow.routing.patterns import event_time_us
 from eventflow.routing.subscriptions import SinkSubscription, Subscription
 from eventflow.runs.run import Run, State
@@ -32,12 +33,12 @@ it is no delivery.
 
 class Incoming(msgspec.Struct, frozen=True, gc=False):
     """An event on its way to its subscriptions. `data`: the JSON of its data, None for bytes and
-    for none. `state`: that of its new runs. `depth`: emits from an outside event.
+    for none. `is_paused`: its trigger is. `depth`: emits from an outside event.
     """
 
     event: Event
     data: bytes | None
-    state: State
+    is_paused: bool
     depth: int
 
 
@@ -47,8 +48,85 @@ class Step(Protocol):
     def __call__(self, arrival: Arrival, incoming: Incoming, run_id: int) -> Verdict: ...
 
 
-RoutePlan = tuple[Step, ...]
-"""The steps for the events of one type of one trigger."""
+class RoutePlan:
+    """How the events of one type of one trigger become arrivals.
+
+    An arrival takes ids in a row: one for its event and one for each step, for the run that it may
+    start.
+    """
+
+    __slots__ = ("_steps", "_trigger")
+
+    def __init__(self, trigger: str, steps: Sequence[Step]) -> None:
+        self._trigger = trigger
+        self._steps = steps
+
+    @property
+    def id_count(self) -> int:
+        return 1 + len(self._steps)
+
+    def arrival(
+        self,
+        event: Event,
+        now: int,
+        ident: int,
+        is_paused: bool = False,
+        *,
+        depth: int = 0,
+        first_run: int | None = None,
+    ) -> Arrival:
+        """The arrival of an event, with what each step adds to it.
+
+        `ident` is its id, and `first_run` the first of the ids for its runs (None: those after
+        `ident`). Raises TypeError or ValueError if it cannot be recorded as it is.
+        """
+        body, data = event.to_json_parts()
+        check_storable(event, body)
+        # Positional, and the rare fields apart: by name, this costs as much as all the encoding.
+        arrival = Arrival(
+            ident,
+            self._trigger,
+            identity(self._trigger, event.source, event.id),
+            content_digest(event),
+            event.id,
+            event.source,
+            event.type,
+            body,
+            b"",
+            now,
+            {},
+            event.subject,
+        )
+        incoming = Incoming(event, data, is_paused, depth)
+        run_id = ident + 1 if first_run is None else first_run
+        counts: dict[str, int] = {}
+        verdicts: list[bytes] = []
+        for step in self._steps:
+            text, term = step(arrival, incoming, run_id)
+            verdicts.append(text)
+            if term:
+                counts[term] = counts.get(term, 0) + 1
+            run_id += 1
+        arrival.verdicts = b"[%b]" % b",".join(verdicts)
+        # P9: an event with no subscriber is one suppressed delivery
+        arrival.counts = counts or {"suppressed": 1}
+        return arrival
+
+
+def identity(trigger: str, source: str, ident: str) -> bytes:
+    """The 16-byte identity of an event in the ledger (P2)."""
+    return digest_text((trigger, source), ident.encode())
+
+
+def content_digest(event: Event) -> bytes:
+    """8 bytes of type and data that distinguish a duplicate from a conflict.
+
+    The time is left out: a sender that repeats an event may set it again. So is the order of keys.
+    """
+    data = event.data
+    if not isinstance(data, bytes):
+        data = orjson.dumps(data, option=orjson.OPT_SORT_KEYS)
+    return digest_text((event.type,), data, 8)
 
 
 def verdict(name: str, outcome: str, detail: str | int, term: str) -> Verdict:
@@ -58,10 +136,11 @@ def verdict(name: str, outcome: str, detail: str | int, term: str) -> Verdict:
 class FlowStep:
     """A flow's subscription: a new run, or why there is none."""
 
-    __slots__ = ("_paused", "_pending", "_sinks", "_subscription")
+    __slots__ = ("_binder", "_paused", "_pending", "_sinks", "_subscription")
 
     def __init__(self, subscription: Subscription, dead_letter_sinks: Sequence[str]) -> None:
         self._subscription = subscription
+        self._binder = subscription.flow.binder
         self._sinks = dead_letter_sinks
         name = orjson.dumps(subscription.name)
         self._pending: bytes = b'[%b,"run",' % name
@@ -69,13 +148,26 @@ class FlowStep:
 
     def __call__(self, arrival: Arrival, incoming: Incoming, run_id: int) -> Verdict:
         subscription = self._subscription
+        event = incoming.event
+        ordering_key = subscription.default_ordering_key
+        mismatch = params = given = None
         try:
-            found = _match(subscription, incoming)
+            if subscription.filter is not None:
+                mismatch = subscription.filter.mismatch(event)
+            if mismatch is None:
+                if subscription.key is not None:
+                    ordering_key = _ordering_key(subscription.key(event))
+                if subscription.batch_policy is not None:
+                    self._binder.bind_events((event,))
+                elif subscription.params is None:
+                    given = self._binder.bind_arriving(event, incoming.data)
+                else:
+                    params = self._binder.unpack((), dict(subscription.params(event)))
+                    given = self._binder.bind_unpacked(params, event)
         except BaseException as error:  # user code: what it raises is the reason of a dead letter
             return reject(arrival, subscription.name, error, self._sinks)
-        if isinstance(found, str):
-            return verdict(subscription.name, "filtered", found, "suppressed")
-        ordering_key, params, given = found
+        if mismatch is not None:
+            return verdict(subscription.name, "filtered", mismatch, "suppressed")
         run = Run(
             id=run_id,
             flow=subscription.flow.name,
@@ -83,7 +175,6 @@ class FlowStep:
             due_at=arrival.received_at,
             event=arrival.id,
             subscription=subscription.name,
-            state=incoming.state,
             ordering_key=ordering_key,
             priority=subscription.priority,
             depth=incoming.depth,
@@ -91,41 +182,18 @@ class FlowStep:
             payload=arrival.body,
             given=given,
         )
+        head = self._pending
+        if incoming.is_paused:
+            run.state = State.PAUSED
+            head = self._paused
         add_run(arrival, run, subscription.batch_policy)
-        head = self._paused if incoming.state is State.PAUSED else self._pending
         return b"%b%d]" % (head, run_id), "pending"
 
 
-Match = tuple[str | None, bytes | None, dict[str, Any] | None]
-"""The ordering key, the arguments as JSON if `params=` makes them, and the bound arguments if they
-are known (`Run.given`).
-"""
-
-
-def _match(subscription: Subscription, incoming: Incoming) -> Match | str:
-    """The run's part of the event, or the condition of the filter that did not hold.
-
-    Raises what the user's code and the binder raise.
-    """
-    event = incoming.event
-    if subscription.filter is not None:
-        mismatch = subscription.filter.mismatch(event)
-        if mismatch is not None:
-            return mismatch
-    ordering_key = subscription.default_ordering_key
-    if subscription.key is not None:
-        ordering_key = subscription.key(event)
-        if ordering_key is not None and not isinstance(cast(object, ordering_key), str):
-            raise TypeError(f"key= returned {type(ordering_key).__name__}, expected a str or None")
-        ordering_key = _checked_key("key=", ordering_key)
-    binder = subscription.flow.binder
-    if subscription.batch_policy is not None:
-        binder.bind_events((event,))
-        return ordering_key, None, None
-    if subscription.params is None:
-        return ordering_key, None, binder.bind_arriving(event, incoming.data)
-    params = binder.unpack((), dict(subscription.params(event)))
-    return ordering_key, params, binder.bind_unpacked(params, event)
+def _ordering_key(key: object) -> str | None:
+    if key is not None and not isinstance(key, str):
+        raise TypeError(f"key= returned {type(key).__name__}, expected a str or None")
+    return _checked_key("key=", key)
 
 
 def add_run(arrival: Arrival, run: Run, batch_policy: BatchPolicy | None) -> None:
@@ -210,8 +278,9 @@ class PatternStep:
                 missing = f"it has no join key: no field that by= of {self._label} names"
                 return verdict(name, "filtered", missing, "suppressed")
             time = event_time_us(event, arrival.received_at)
-            is_paused = incoming.state is State.PAUSED
-            pattern_event = PatternEvent(name, key or "", number, time, is_paused, incoming.depth)
+            pattern_event = PatternEvent(
+                name, key or "", number, time, incoming.is_paused, incoming.depth
+            )
             arrival.pattern_events = [*arrival.pattern_events, pattern_event]
             return verdict(name, "waiting", part.label, "pending")
         return verdict(name, "filtered", mismatch or "", "suppressed")

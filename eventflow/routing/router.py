@@ -1,16 +1,17 @@
 """Matches events to subscriptions: which runs an event starts, and why the other flows do not run.
 
-The reactor (intake/) calls `Router.route` for every accepted item, the engine `route_emitted` for
-events that flows emit, `app.start` and the API `route_to_flow` for a run that a person starts. Each
-returns an `Arrival`: the event with one verdict per subscription, its runs and its dead letters,
-encoded for the store to insert in one transaction (store/protocol.py). The store in turn calls the
-router for run-state events (`RunEventSource`) and its `patterns` to advance patterns.
+The reactor (intake/) calls `Router.route_all` for the items of each call, the engine
+`route_emitted` for events that flows emit, `app.start` and the API `route_to_flow` for a run that a
+person starts. Each returns an `Arrival`: the event with one verdict per subscription, its runs and
+its dead letters, encoded for the store to insert in one transaction (store/protocol.py). The store
+in turn calls the router for run-state events (`RunEventSource`) and its `patterns` to advance
+patterns.
 
 What happens to the events of one type of one trigger is a plan (plans.py), made for the first of
 them. Nothing here waits or writes, and the content of an event never raises.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -18,24 +19,20 @@ import orjson
 
 from eventflow.core.clock import SECOND, Clock, in_seconds, to_datetime
 from eventflow.core.errors import DepthExceeded, NotStorable, error_line, value_or_none
-from eventflow.core.hashing import digest, digest_text
+from eventflow.core.hashing import digest
 from eventflow.events.event import MAX_DEPTH, Event, Receipt, Undecodable
-from eventflow.events.storable import (
-    check_storable,
-    storable_event,
-    storable_undecodable,
-)
+from eventflow.events.storable import storable_event, storable_undecodable
 from eventflow.logs.redaction import SECRETS
 from eventflow.routing.dead_letter_log import log_dead_letters
 from eventflow.routing.pattern_runner import PatternRunner
 from eventflow.routing.plans import (
     FlowStep,
-    Incoming,
     PatternStep,
     RoutePlan,
     SinkStep,
     Step,
     add_run,
+    identity,
     kept_text,
     verdict,
 )
@@ -97,28 +94,49 @@ class Router:
             if any(each.accepts(f"{RUN_EVENT_PREFIX}{state.label}") for each in listeners)
         )
 
+    def route_all(
+        self, trigger: str, items: Sequence[Event | Undecodable], is_paused: bool = False
+    ) -> list[Arrival]:
+        """The arrivals of the items of one call of a trigger, which have arrived at the same time.
+
+        `is_paused`: the trigger is, so the runs are recorded in state PAUSED.
+        """
+        plans = self.plans
+        now = self._clock.now()
+        ids = 1 + len(self._by_trigger.get(trigger, ()))  # an event's, and those of its runs
+        ident = self.ids.next(now, ids * len(items))
+        arrivals: list[Arrival] = []
+        for item in items:
+            if isinstance(item, Undecodable):
+                arrival = self._undecodable(trigger, item, now, ident)
+            else:
+                try:
+                    plan = plans.get((trigger, item.type)) or self._plan(trigger, item.type)
+                    arrival = plan.arrival(item, now, ident, is_paused)
+                except Exception as error:  # of this event: the others of its call are recorded
+                    arrival = self._unstorable(trigger, item, error, now, ident)
+            arrivals.append(arrival)
+            ident += ids
+        return arrivals
+
     def route(
         self,
         trigger: str,
         item: Event | Undecodable,
-        paused: bool = False,
         *,
         ledger_id: int | None = None,
         only: str | None = None,
         same_trigger_only: bool = False,
-        headers: Mapping[str, str] | None = None,
     ) -> Arrival:
-        """The arrival of one item of a trigger. `paused`: its runs are recorded in state PAUSED.
+        """The arrival of one item that does not come from its trigger now.
 
         When a recorded event is matched again, `ledger_id` is its id, and `only` names the one
         subscription or flow that it is for. That may belong to any trigger, unless
         `same_trigger_only`.
         """
+        now = self._clock.now()
         if isinstance(item, Undecodable):
-            item = storable_undecodable(item)
-            return self._dead_letter(
-                trigger, item, item.body, item.error, headers=item.headers or headers
-            )
+            return self._undecodable(trigger, item, now, self.ids.next(now))
         try:
             if only is None:
                 plan = self._plan(trigger, item.type)
@@ -126,15 +144,11 @@ class Router:
                 own = self._by_trigger.get(trigger, ())
                 candidates = own if same_trigger_only else self.subscriptions
                 plan = self._make_plan(trigger, item.type, candidates, only)
-            state = State.PAUSED if paused else State.PENDING
-            return self._carry_out(plan, trigger, item, state, 0, ledger_id, headers)
+            first = self.ids.next(now, plan.id_count)
+            ident = first if ledger_id is None else ledger_id
+            return plan.arrival(item, now, ident, first_run=first + 1)
         except Exception as error:  # of this event: the others of its batch are recorded
-            kept, body = storable_event(item)
-            if body is None:  # a redrive needs other data
-                shown = value_or_none(ascii, item.data)
-                body = (shown or "").encode()[:MAX_SHOWN_BYTES]
-            reason = f"it cannot be recorded as it is: {error_line(error)}"
-            return self._dead_letter(trigger, kept, body, reason, headers=headers)
+            return self._unstorable(trigger, item, error, now, self.ids.next(now))
 
     def route_emitted(self, event: Event, depth: int | None = None) -> Arrival:
         """The arrival of an event that a run emitted, `depth` emits from an outside one.
@@ -149,11 +163,14 @@ class Router:
                     f"data of emitted event {event.type!r}",
                     "value that JSON cannot represent exactly",
                 )
+        now = self._clock.now()
         if hops > MAX_DEPTH:
+            reason = str(DepthExceeded(event.type, hops))
             return self._dead_letter(
-                EMITTED, event, event.to_json(), str(DepthExceeded(event.type, hops))
+                EMITTED, event, event.to_json(), reason, now, self.ids.next(now)
             )
-        return self._carry_out(self._plan(EMITTED, event.type), EMITTED, event, State.PENDING, hops)
+        plan = self._plan(EMITTED, event.type)
+        return plan.arrival(event, now, self.ids.next(now, plan.id_count), depth=hops)
 
     def route_conflict(self, arrival: Arrival, receipt: Receipt) -> Arrival:
         """The dead letter of an arrival whose identity is known with other content. Called on the
@@ -253,8 +270,8 @@ class Router:
         batch_policy: BatchPolicy | None = None,
     ) -> Arrival:
         """The arrival of an event that is for one flow, with its run."""
-        data = event.data_json()
-        arrival = self._arrival(trigger, event, data, event.to_json_with(data), 2, None)
+        now = self._clock.now()
+        arrival = RoutePlan(trigger, ()).arrival(event, now, self.ids.next(now, 2))
         run = Run(
             id=arrival.id + 1,
             flow=flow.name,
@@ -309,70 +326,27 @@ class Router:
                 for each in self.sink_subscriptions
                 if only in (None, each.name) and each.accepts(event_type)
             ]
-        return tuple(steps)
+        return RoutePlan(trigger, steps)
 
-    def _carry_out(
-        self,
-        plan: RoutePlan,
-        trigger: str,
-        event: Event,
-        state: State,
-        depth: int,
-        ledger_id: int | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Arrival:
-        """The arrival of an event, with what each step of the plan adds to it."""
-        data = event.data_json()
-        body = event.to_json_with(data)
-        check_storable(event, body)
-        arrival = self._arrival(trigger, event, data, body, 1 + len(plan), ledger_id)
-        run_id = arrival.id
-        if ledger_id is not None:
-            run_id = self.ids.next(arrival.received_at, len(plan)) - 1
-        incoming = Incoming(event, data, state, depth)
-        counts: dict[str, int] = {}
-        verdicts: list[bytes] = []
-        for step in plan:
-            run_id += 1
-            text, term = step(arrival, incoming, run_id)
-            verdicts.append(text)
-            if term:
-                counts[term] = counts.get(term, 0) + 1
-        arrival.verdicts = b"[%b]" % b",".join(verdicts)
-        # P9: an event with no subscriber is one suppressed delivery
-        arrival.counts = counts or {"suppressed": 1}
-        if headers:
-            arrival.headers = orjson.dumps(dict(headers))
+    # ----------------------------------------------------------------- dead letters
+
+    def _undecodable(self, trigger: str, item: Undecodable, now: int, ident: int) -> Arrival:
+        item = storable_undecodable(item)
+        arrival = self._dead_letter(trigger, item, item.body, item.error, now, ident)
+        if item.headers:
+            arrival.headers = orjson.dumps(dict(item.headers))
         return arrival
 
-    def _arrival(
-        self,
-        trigger: str,
-        event: Event,
-        data: bytes | None,
-        body: bytes,
-        ids: int,
-        ledger_id: int | None,
+    def _unstorable(
+        self, trigger: str, event: Event, error: Exception, now: int, ident: int
     ) -> Arrival:
-        """The arrival of an event before its subscriptions are matched. Its id is the first of
-        `ids` in a row, unless it has one; the others are for its runs.
-        """
-        now = self._clock.now()
-        # Positional, and the rare fields apart: by name, this costs as much as all the encoding.
-        return Arrival(
-            self.ids.next(now, ids) if ledger_id is None else ledger_id,
-            trigger,
-            identity(trigger, event.source, event.id),
-            content_digest(event),
-            event.id,
-            event.source,
-            event.type,
-            body,
-            b"",
-            now,
-            {},
-            event.subject,
-        )
+        """The dead letter of an event that cannot be recorded as it is."""
+        kept, body = storable_event(event)
+        if body is None:  # a redrive needs other data
+            shown = value_or_none(ascii, event.data)
+            body = (shown or "").encode()[:MAX_SHOWN_BYTES]
+        reason = f"it cannot be recorded as it is: {error_line(error)}"
+        return self._dead_letter(trigger, kept, body, reason, now, ident)
 
     def _dead_letter(
         self,
@@ -380,18 +354,17 @@ class Router:
         item: Event | Undecodable,
         body: bytes,
         reason: str,
-        *,
-        headers: Mapping[str, str] | None = None,
+        now: int,
+        ident: int,
     ) -> Arrival:
         """The arrival of an item that is a dead letter before any subscription is matched."""
-        now = self._clock.now()
         key = identity(trigger, item.source, item.id)
         content = digest(item.type.encode(), body, size=8)
         if isinstance(item, Undecodable):
             # Bytes that are no event do not take the id of one: it may be sent whole later.
             key = _content_key(key, content)
         return Arrival(
-            id=self.ids.next(now),
+            id=ident,
             trigger=trigger,
             key=key,
             digest=content,
@@ -401,7 +374,6 @@ class Router:
             subject=item.subject if isinstance(item, Event) else None,
             body=body,
             received_at=now,
-            headers=orjson.dumps(dict(headers)) if headers else None,
             **self._as_dead(reason),
         )
 
@@ -472,22 +444,6 @@ def late_run_event(run: LateRun) -> Event:
     )
 
 
-def identity(trigger: str, source: str, ident: str) -> bytes:
-    """The 16-byte identity of an event in the ledger (P2)."""
-    return digest_text((trigger, source), ident.encode())
-
-
 def _content_key(key: bytes, content: bytes) -> bytes:
     """The identity of a dead letter: that of the event it could be, and its content."""
     return digest(key, content)
-
-
-def content_digest(event: Event) -> bytes:
-    """8 bytes of type and data that distinguish a duplicate from a conflict.
-
-    The time is left out: a sender that repeats an event may set it again. So is the order of keys.
-    """
-    if isinstance(event.data, bytes):
-        return digest_text((event.type,), event.data, size=8)
-    data = orjson.dumps(event.data, option=orjson.OPT_SORT_KEYS)
-    return digest_text((event.type,), data, size=8)

@@ -110,7 +110,7 @@ class Flooded:
     def _arrival(self, trigger: str, size: int) -> Any:
         data = "x" * size
         return self.reactor.router.route(
-            trigger, Event(id=str(next(self._numbers)), source="/s", type="t", data=data), False
+            trigger, Event(id=str(next(self._numbers)), source="/s", type="t", data=data)
         )
 
 
@@ -470,13 +470,13 @@ def test_p8_an_event_that_waited_is_routed_as_its_trigger_is_then(tmp_path: Path
             await full_queue(queue)
             intake, health = queue.intake("loud")
             paused: list[bool] = []
-            route = queue.reactor.router.route
+            route_all = queue.reactor.router.route_all
 
-            def routed(trigger: str, item: Any, paused_now: bool, **options: Any) -> Any:
+            def routed(trigger: str, items: Any, paused_now: bool) -> Any:
                 paused.append(paused_now)
-                return route(trigger, item, paused_now, **options)
+                return route_all(trigger, items, paused_now)
 
-            queue.reactor.router.route = routed  # type: ignore[method-assign]
+            queue.reactor.router.route_all = routed  # type: ignore[method-assign]
             call = asyncio.create_task(intake.accept(an_event()))
             await eventually(lambda: health.backpressure is not None, "it waits")
             queue.reactor.pause("loud", True)

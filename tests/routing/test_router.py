@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import BindingError, NotStorable, UsageError
 from eventflow.events.event import Event, Undecodable
-from eventflow.routing.router import MAX_PLANS, Router, content_digest, identity
+from eventflow.routing.plans import content_digest, identity
+from eventflow.routing.router import MAX_PLANS, Router
 from eventflow.routing.subscriptions import EMITTED, subscribe
 from eventflow.runs.run import Ids, State
 from eventflow.sdk.flow import flow
@@ -175,9 +176,9 @@ def test_runs_of_a_paused_trigger_are_paused():
     """While a trigger is paused its runs are recorded in PAUSED, count as pending, and filters
     still apply.
     """
-    arrival = router(
+    (arrival,) = router(
         subscribe("orders", audit), subscribe("orders", handle, where={"total": [0]})
-    ).route("orders", event(ORDER), paused=True)
+    ).route_all("orders", [event(ORDER)], True)
     assert verdicts(arrival) == [("orders/audit", "paused"), ("orders/handle", "filtered")]
     assert [run.state for run in arrival.runs] == [State.PAUSED]
     assert arrival.counts == {"pending": 1, "suppressed": 1}
@@ -424,7 +425,7 @@ def test_p9_the_counts_are_those_of_the_verdicts(data, paused):
         name: value.encode(errors="replace").decode() if isinstance(value, str) else value
         for name, value in data.items()
     }
-    arrival = made.route("o", event(clean), paused)
+    (arrival,) = made.route_all("o", [event(clean)], paused)
     if arrival.runs or arrival.verdicts.count(b'["",') == 0:
         assert len(orjson.loads(arrival.verdicts)) == sum(arrival.counts.values()) == 3
     assert len(arrival.runs) == arrival.counts.get("pending", 0)

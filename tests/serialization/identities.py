@@ -21,7 +21,7 @@ from eventflow.core.canonical import may_hold_sets
 from eventflow.engine.awaitables import ChildCall
 from eventflow.events.event import Event
 from eventflow.loop.scopes import task_label
-from eventflow.routing.router import content_digest
+from eventflow.routing.plans import content_digest
 from eventflow.routing.subscriptions import compile_key
 from eventflow.serialization.codecs import ResultCodec, fingerprint
 from eventflow.serialization.tagged_json import deep_equal
