@@ -165,7 +165,7 @@ def _option_names(fn: Callable[..., Any]) -> tuple[str, ...] | None:
             options = typing.get_args(parameter.annotation)
             if typing.get_origin(parameter.annotation) is not typing.Unpack:
                 return None
-            names += typing.get_type_hints(options[0])
+            names += options[0].__annotations__
         elif parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
             names.append(parameter.name)
     return tuple(name for name in names if name not in ("self", "cls"))

@@ -100,6 +100,8 @@ class Redactor:
         text = re.sub(_HEADER, rf"\1{MASK}", text)
         text = re.sub(_SCHEME, rf"\1{MASK}", text)
         text = re.sub(_PAIR, _redact_pair, text)
+        if "@" not in text:
+            return text
         text = re.sub(_USERINFO, rf"\1{MASK}@", text)
         return re.sub(_HTTP_USER, rf"\1{MASK}@", text)
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreError, StoreFull
 from eventflow.store import queries
-from eventflow.store.migrate import migrations
+from eventflow.store.migrate import newest_schema
 from eventflow.store.readers import Readers, fetch_dicts, schema_version
 from eventflow.store.sqlite import SqliteStore
 from eventflow.store.writer import Writer
@@ -24,7 +24,7 @@ class ReadOnlyStore(SqliteStore):
 
     def open(self) -> None:
         """Raises StoreError for a ledger of another version of eventflow."""
-        newest = migrations()[-1][0]
+        newest = newest_schema()
         found = schema_version(self.path)
         if found != newest:
             raise StoreError(

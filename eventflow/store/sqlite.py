@@ -34,7 +34,7 @@ from eventflow.store.file_guards import (
     sync_folder,
 )
 from eventflow.store.load import load_journal, load_payloads
-from eventflow.store.migrate import current_schema, migrate, migrations
+from eventflow.store.migrate import current_schema, migrate, migrations, newest_schema
 from eventflow.store.protocol import (
     Arrival,
     Op,
@@ -161,7 +161,8 @@ class SqliteStore:
         )
         for pragma in (*_PRAGMAS, f"PRAGMA synchronous = {self._synchronous}"):
             connection.execute(pragma)
-        migrate(connection, self.path, migrations(), current_schema())
+        if connection.execute("PRAGMA user_version").fetchone()[0] != newest_schema():
+            migrate(connection, self.path, migrations(), current_schema())
         listeners = self._listeners
         files = OpenFiles(self.path, self._clock, self._lock)
         writer = Writer(connection, files, self._clock, self._marks(), self._space, listeners)
