@@ -144,7 +144,7 @@ def record(tx: Transaction, step: Sequence[Arrival]) -> None:
             arrival = tx.windows.assign(arrival, arrival.id)
         if arrival.pattern_events:
             arrival = tx.patterns.advance(arrival, arrival.id)
-        deliver(tx, arrival, arrival.id)
+        deliver(tx, [arrival])
 
 
 def made(events: int) -> Iterator[Event]:

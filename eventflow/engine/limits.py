@@ -177,13 +177,20 @@ class RunCapacity:
         self._lock = threading.Lock()
         self.free = limit
 
-    def reserve(self, count: int = 1) -> bool:
+    def reserve(self, count: int) -> bool:
         """Takes room for `count` runs if there is that much."""
         with self._lock:
             if self.free < count:
                 return False
             self.free -= count
         return True
+
+    def reserve_some(self, count: int) -> int:
+        """Takes room for up to `count` runs; for how many."""
+        with self._lock:
+            taken = max(0, min(count, self.free))
+            self.free -= taken
+        return taken
 
     def release(self, count: int = 1) -> None:
         with self._lock:

@@ -208,16 +208,19 @@ class Worker:
     # ----------------------------------------------------------------- runs from the store
     # (store.protocol.RunReceiver)
 
-    def reserve(self, run: Run) -> bool:
-        """Whether a run that is being recorded goes straight to memory. Writer thread."""
-        flow = self._flows.get(run.flow)
-        return (
-            self.is_taking
-            and not self._claimer.has_backlog
-            and flow is not None
-            and flow.options.concurrency is None
-            and self._limits.capacity.reserve()
-        )
+    def reserve(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """Which of these runs, that are being recorded, go straight to memory. Writer thread."""
+        if not self.is_taking or self._claimer.has_backlog:
+            return ()
+        names = {run.flow for run in runs}
+        unlimited = {
+            name
+            for name in names
+            if (flow := self._flows.get(name)) is not None and flow.options.concurrency is None
+        }
+        if unlimited < names:
+            runs = [run for run in runs if run.flow in unlimited]
+        return runs[: self._limits.capacity.reserve_some(len(runs))]
 
     def release(self, runs: Sequence[Run]) -> None:
         """The commit of reserved runs failed. Writer thread."""

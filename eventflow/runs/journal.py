@@ -45,25 +45,26 @@ class Entry(msgspec.Struct, kw_only=True, gc=False):
     The store sets `batch` (the group commit), `position` (in the batch) and `at` (its time,
     microseconds). `(run, call_key, attempt, kind)` is unique. `fingerprint` is the JSON of the
     call's arguments (long ones hashed), or None where they cannot be compared. `error` is JSON
-    `{"type", "message", "args", "traceback"}`.
+    `{"type", "message", "args", "traceback"}`. `after`, `waited` and `took` are for timelines: on
+    entries that end an attempt, else None (`CallTimes`).
 
-    The last three are for timelines: on entries that end an attempt, else None (`CallTimes`).
+    The fields are in the order of the stored checksum (`entry_crc` of store/rows.py), `at` apart.
     """
 
     call_key: str
-    kind: Kind
     attempt: int = 0
+    kind: Kind
     batch: int = 0
     position: int = 0
-    at: int = 0
     due_at: int | None = None
-    fingerprint: bytes | None = None
     codec: str | None = None
+    fingerprint: bytes | None = None
     value: bytes | None = None
     error: bytes | None = None
     after: int | None = None
     waited: int | None = None
     took: int | None = None
+    at: int = 0
 
 
 class CallTimes(msgspec.Struct, gc=False):

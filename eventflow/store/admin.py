@@ -115,7 +115,7 @@ def _discard_journal(tx: Transaction, run: int) -> None:
         "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?", (run, RESTARTED_NOTE)
     ).fetchone()
     drop_journal(tx, run)
-    tx.journal.add(run, restart_entry((restarts or 0) + 1))
+    tx.journal.add(run, [restart_entry((restarts or 0) + 1)])
 
 
 # --------------------------------------------------------------------------- cancel
@@ -151,7 +151,7 @@ def cancel(
             tx.commit.cancels[run] = reason
         else:
             entry = Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=orjson.dumps(reason))
-            tx.journal.add(run, entry)
+            tx.journal.add(run, [entry])
             tx.runs.wake(row)
     elif before.is_live:
         row.reason = reason
@@ -268,7 +268,7 @@ def _add_to_event(
         "UPDATE events SET verdicts = ?, body = ?, crc = ?, matched = matched + ? WHERE id = ?",
         (verdicts, body, crc, len(arrival.runs), event),
     )
-    deliver(tx, msgspec.structs.replace(arrival, body=body), event)
+    deliver(tx, [msgspec.structs.replace(arrival, id=event, body=body)])
     return Receipt(event, event_id, matched=len(arrival.runs))
 
 

@@ -1,12 +1,14 @@
-"""What each queued operation decides in a transaction, and its reply.
+"""What the queued operations decide in a transaction, and their replies.
 
-`Writer` calls `prefetch` once per batch and `apply` for each operation in the order posted. Events
-are inserted by `prefetch`, so that the ledger itself tells which are new; a decision is a row in a
-table of the transaction, which `Transaction.flush` writes.
+`Writer` calls `apply` once per batch, with its operations in the order posted. Events are inserted
+first, so that the ledger itself tells which are new; a decision is a row in a table of the
+transaction, which `Transaction.flush` writes. What is alike is decided as a list: plain events in
+`record_arrivals`, the ends of runs in `_settle`.
 Claims come last in a batch; they are in claim.py. Admin verbs (admin.py) use `deliver` too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, assert_never, cast
 
 import orjson
@@ -53,7 +55,7 @@ from eventflow.store.retries import (
     record_cancel,
 )
 from eventflow.store.rows import KnownEvent, RunRow
-from eventflow.store.tables import COMPLETED, RUNNING
+from eventflow.store.tables import COMPLETED, FAILED, RUNNING
 from eventflow.store.transaction import Transaction
 
 
@@ -63,35 +65,44 @@ class ServeAlone(Exception):
     """
 
 
-def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> None:
-    """Inserts the events of all operations, and reads what `apply` needs, in one statement each.
+def apply(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> list[Any]:
+    """Decides these operations, in their order; returns their replies.
+
+    `must_probe`: journal entries may be recorded already; look for them.
+    """
+    tx.is_shared = len(ops) > 1
+    tx.journal.must_probe = must_probe
+    groups = [(kind, list(group)) for kind, group in groupby(ops, type)]
+    _prefetch(tx, groups)
+    replies: list[Any] = []
+    for kind, group in groups:
+        replies += _DECIDE[kind](tx, group)
+    return replies
+
+
+def _prefetch(tx: Transaction, groups: Sequence[tuple[type, Sequence[Any]]]) -> None:
+    """Inserts the events of all operations, and reads what their decisions need, in one statement
+    each.
 
     An `Append` alone in its transaction inserts its events itself, once it is not refused.
-    `must_probe`: journal entries may be recorded already; look for them.
     """
     runs: list[int] = []
     arrivals: list[Arrival] = []
     children: list[Run] = []
     answers: list[tuple[int, str]] = []
     suspensions: list[tuple[int, int, int]] = []
-    tx.is_shared = len(ops) > 1
-    for op in ops:
-        if isinstance(op, Settle):
-            runs.append(op.run)
-            if op.parent is not None and op.answer is not None:
-                runs.append(op.parent)
-                answers.append((op.parent, op.answer.call_key))
-            if isinstance(op.outcome, Suspended):
-                suspensions.append((op.run, op.outcome.seen_batch, op.outcome.entries))
-        elif isinstance(op, RecordEvents):
-            arrivals.extend(op.arrivals)
-        elif isinstance(op, Append):
-            runs.append(op.run)
-            children.extend(op.children)
-            if tx.is_shared:
-                arrivals.extend(op.arrivals)
-        else:
-            runs.append(op.run)
+    for kind, group in groups:
+        if kind is not RecordEvents:
+            runs += [op.run for op in group]
+        if kind is RecordEvents or (kind is Append and tx.is_shared):
+            for op in group:
+                arrivals += op.arrivals
+        if kind is Append:
+            for op in group:
+                children += op.children
+        elif kind is Settle:
+            _note_reads(group, answers, suspensions)
+    runs += [parent for parent, _ in answers]
     if arrivals:
         load_arrivals(tx, arrivals)
     if runs:
@@ -102,31 +113,30 @@ def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> No
         tx.journal.load_finals(answers)
     if suspensions:
         tx.journal.load_unseen(suspensions)
-    tx.journal.must_probe = must_probe
+
+
+def _note_reads(
+    ops: Sequence[Settle],
+    answers: list[tuple[int, str]],
+    suspensions: list[tuple[int, int, int]],
+) -> None:
+    """Adds the calls of parents that these operations answer, and what suspended runs have seen."""
+    for op in ops:
+        if op.answer is not None and op.parent is not None:
+            answers.append((op.parent, op.answer.call_key))
+        if type(op.outcome) is Suspended:
+            suspensions.append((op.run, op.outcome.seen_batch, op.outcome.entries))
 
 
 def load_arrivals(tx: Transaction, arrivals: Sequence[Arrival]) -> None:
-    """Inserts these events and reads what `record_arrival` needs of them."""
+    """Inserts these events and reads what `record_arrivals` needs of them."""
     tx.events.insert(arrivals)
-    if batched := [arrival for arrival in arrivals if arrival.batch_policies]:
-        tx.windows.load(batched)
-    if wanted := [arrival for arrival in arrivals if arrival.pattern_events]:
-        tx.patterns.load(wanted)
-
-
-def apply(tx: Transaction, op: WriteOp) -> Any:
-    """Decides one operation; returns its reply."""
-    match op:
-        case Settle():
-            return _settle(tx, op)
-        case RecordEvents():
-            return _record(tx, op)
-        case Append():
-            return _append(tx, op)
-        case MarkStarted():
-            return _mark_started(tx, op)
-        case _:
-            assert_never(op)
+    if joining := [each for each in arrivals if each.batch_policies or each.pattern_events]:
+        tx.events.are_plain = False
+        if batched := [each for each in joining if each.batch_policies]:
+            tx.windows.load(batched)
+        if wanted := [each for each in joining if each.pattern_events]:
+            tx.patterns.load(wanted)
 
 
 # --------------------------------------------------------------------------- events
@@ -135,7 +145,7 @@ def apply(tx: Transaction, op: WriteOp) -> Any:
 def _record(tx: Transaction, op: RecordEvents) -> list[Receipt]:
     if op.cursor:
         tx.events.put_cursors(op.trigger, op.cursor)
-    receipts = [record_arrival(tx, arrival) for arrival in op.arrivals]
+    receipts = record_arrivals(tx, op.arrivals)
     if op.route_conflict is not None:
         conflicts = [
             op.route_conflict(arrival, receipt)
@@ -144,22 +154,28 @@ def _record(tx: Transaction, op: RecordEvents) -> list[Receipt]:
         ]
         if conflicts:
             load_arrivals(tx, conflicts)
-            for arrival in conflicts:
-                record_arrival(tx, arrival)
+            record_arrivals(tx, conflicts)
     return receipts
 
 
-def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
-    """Records an event with its verdicts, runs and dead letters, or counts it as a duplicate of the
-    first of its identity.
+def record_arrivals(tx: Transaction, arrivals: Sequence[Arrival]) -> list[Receipt]:
+    """Records events that `load_arrivals` has inserted, with their verdicts, runs and dead letters;
+    counts those that are not the first of their identity as duplicates.
     """
+    if not tx.events.are_plain:  # each may join what the ones before it have opened
+        return [_record_one(tx, arrival) for arrival in arrivals]
+    deliver(tx, arrivals)
+    return [Receipt(a.id, a.event_id, False, False, len(a.runs)) for a in arrivals]
+
+
+def _record_one(tx: Transaction, arrival: Arrival) -> Receipt:
     if (first := tx.events.firsts.get(arrival.id)) is not None:
         return _count_duplicate(tx, arrival, first)
     verdicts = None
     if arrival.batch_policies or arrival.pattern_events:
         arrival = _join_others(tx, arrival)
         verdicts = arrival.verdicts
-    deliver(tx, arrival, arrival.id)
+    deliver(tx, [arrival])
     return Receipt(arrival.id, arrival.event_id, False, False, len(arrival.runs), None, verdicts)
 
 
@@ -202,23 +218,29 @@ def _digest_in_written_order(arrival: Arrival) -> str | None:
     return digest(arrival.type.encode(), orjson.dumps(data), size=8).hex()
 
 
-def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
-    """Adds the runs, dead letters, outbox messages and counts of an arrival, for the event with
-    this ledger id.
+def deliver(tx: Transaction, arrivals: Sequence[Arrival]) -> None:
+    """Adds the runs, dead letters, outbox messages and counts of arrivals, each for the event with
+    its id.
     """
-    for run in arrival.runs:
-        if run.id in arrival.matches:
-            continue  # added by Patterns.advance
-        run.event = event
-        if run.id in arrival.batch_policies:
-            tx.windows.open(run, arrival.body, arrival.received_at)
-        else:
-            tx.runs.add(run, arrival.body)
-    for subscription, reason in arrival.dead_letters:
-        tx.events.add_dead_letter(event, subscription, reason)
-    for sink, subscription in arrival.outbox:
-        tx.events.add_message(sink, event, subscription)
-    tx.commit.add_deliveries(arrival.counts)
+    runs: list[Run] = []
+    sizes: list[int] = []
+    for arrival in arrivals:
+        size = len(arrival.body)
+        for run in arrival.runs:
+            run.event = arrival.id
+            if arrival.matches and run.id in arrival.matches:
+                continue  # added by Patterns.advance
+            if arrival.batch_policies and run.id in arrival.batch_policies:
+                tx.windows.open(run, arrival.body, arrival.received_at)
+                continue
+            if run.payload is None:
+                run.payload = arrival.body
+            runs.append(run)
+            sizes.append(size if run.params is None else size + len(run.params))
+        if arrival.dead_letters or arrival.outbox:
+            tx.events.add_messages(arrival)
+    tx.runs.add(runs, sizes)
+    tx.commit.add_deliveries(chain.from_iterable([each.counts.items() for each in arrivals]))
 
 
 def record_run_events(tx: Transaction, source: RunEventSource) -> None:
@@ -233,6 +255,7 @@ def record_run_events(tx: Transaction, source: RunEventSource) -> None:
     for row in ended:
         if row.state not in wanted:
             continue
+        result, codec, error, _ = rows.outcome_columns(row)
         run = RunEnded(
             run=row.id,
             flow=row.flow,
@@ -243,16 +266,15 @@ def record_run_events(tx: Transaction, source: RunEventSource) -> None:
             started_at=row.started_at,
             at=tx.commit.at,
             reason=row.reason,
-            result=row.result,
-            codec=row.codec,
-            error=row.error,
+            result=result,
+            codec=codec,
+            error=error,
         )
         if (arrival := source.route_ended(run)) is not None:
             arrivals.append(arrival)
     if arrivals:
         load_arrivals(tx, arrivals)
-        for arrival in arrivals:
-            record_arrival(tx, arrival)
+        record_arrivals(tx, arrivals)
     if tx.commit.own_events:
         record_run_events(tx, source)
 
@@ -260,23 +282,23 @@ def record_run_events(tx: Transaction, source: RunEventSource) -> None:
 # --------------------------------------------------------------------------- runs
 
 
-def _owned(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | Fenced:
+def _owned(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | None:
     """The run, if the operation's token still owns it (P7)."""
-    row = tx.runs.get(op.run)
+    row = tx.runs.known.get(op.run)
     if row is not None and row.state is RUNNING and row.token == op.token:
         return row
-    return Fenced(_why_fenced(op, row))
+    return None
 
 
-def _why_fenced(op: Append | MarkStarted | Settle, row: RunRow | None) -> str:
+def _fenced(tx: Transaction, op: Append | MarkStarted | Settle) -> Fenced:
+    """Why the run is not owned."""
+    name = format_id(op.run)
+    row = tx.runs.known.get(op.run)
     if row is None:
-        return f"run {format_id(op.run)} is not in the store"
+        return Fenced(f"run {name} is not in the store")
     if row.state is not RUNNING:
-        return f"run {format_id(op.run)} is {row.state.label}, not running"
-    return (
-        f"run {format_id(op.run)} was claimed again: its token is {row.token}, "
-        f"this one is {op.token}"
-    )
+        return Fenced(f"run {name} is {row.state.label}, not running")
+    return Fenced(f"run {name} was claimed again: its token is {row.token}, this one is {op.token}")
 
 
 def _recorded_already(op: Append | Settle) -> Fenced:
@@ -287,22 +309,22 @@ def _recorded_already(op: Append | Settle) -> Fenced:
 
 def _append(tx: Transaction, op: Append) -> Appended | Fenced:
     row = _owned(tx, op)
-    if isinstance(row, Fenced):
+    if row is None:
         if op.arrivals and tx.is_shared:
             raise ServeAlone
-        return row
+        return _fenced(tx, op)
     if tx.journal.must_probe and tx.journal.has_any(op.run, op.entries):
         return _recorded_already(op)
     if op.arrivals and not tx.is_shared:
         load_arrivals(tx, op.arrivals)
-    entries = [tx.journal.add(op.run, entry) for entry in op.entries]
-    receipts = [record_arrival(tx, arrival) for arrival in op.arrivals]
+    tx.journal.add(op.run, op.entries)
+    receipts = record_arrivals(tx, op.arrivals)
     for child in op.children:
         _start_child(tx, child)
     if op.clears_suspicion and (row.crash_suspect or row.crash_count):
         row.clear_crashes()
         tx.runs.change(row)
-    return Appended(tx.commit.batch, tx.commit.at, entries, receipts)
+    return Appended(tx.commit.batch, tx.commit.at, op.entries, receipts)
 
 
 def _start_child(tx: Transaction, child: Run) -> None:
@@ -313,27 +335,48 @@ def _start_child(tx: Transaction, child: Run) -> None:
     call = (child.parent, child.parent_call_key)
     if call not in tx.journal.children:
         tx.journal.children.add(call)
-        tx.runs.add(child, None)
+        tx.runs.add([child], [len(child.params or b"")])
 
 
 def _mark_started(tx: Transaction, op: MarkStarted) -> Appended | Fenced:
     row = _owned(tx, op)
-    if isinstance(row, Fenced):
-        return row
+    if row is None:
+        return _fenced(tx, op)
     row.crash_count += 1
     tx.runs.change(row)
     return Appended(tx.commit.batch, tx.commit.at)
 
 
-def _settle(tx: Transaction, op: Settle) -> Settled | Fenced:
-    row = _owned(tx, op)
-    if isinstance(row, Fenced):
-        return row
-    if op.entries and tx.journal.must_probe and tx.journal.has_any(op.run, op.entries):
-        return _recorded_already(op)
-    for entry in op.entries:
-        tx.journal.add(op.run, entry)
-    _end_claim(tx, row, op.outcome)
+def _settle(tx: Transaction, ops: Sequence[Settle]) -> list[Settled | Fenced]:
+    """Ends claims. Runs that complete and answer no parent are counted together."""
+    journal = tx.journal
+    settled = tx.settled
+    completed: list[tuple[RunRow, Completed]] = []
+    replies: list[Settled | Fenced] = []
+    for op in ops:
+        row = _owned(tx, op)
+        if row is None:
+            replies.append(_fenced(tx, op))
+            continue
+        if op.entries:
+            if journal.must_probe and journal.has_any(op.run, op.entries):
+                replies.append(_recorded_already(op))
+                continue
+            journal.add(op.run, op.entries)
+        outcome = op.outcome
+        if type(outcome) is Completed and row.parent is None:
+            row.state = COMPLETED  # fences a second end
+            completed.append((row, outcome))
+            replies.append(settled)
+        else:
+            _end_claim(tx, row, outcome)
+            replies.append(_answer(tx, row, op))
+    tx.runs.end(completed, COMPLETED)
+    return replies
+
+
+def _answer(tx: Transaction, row: RunRow, op: Settle) -> Settled:
+    """Answers the parent of a run whose claim ended, if it has one."""
     if op.answer is None or op.parent != row.parent:
         return tx.settled
     if op.answer.kind is Kind.ERROR:
@@ -348,16 +391,10 @@ def _settle(tx: Transaction, op: Settle) -> Settled | Fenced:
 def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
     """The one place where an outcome becomes a state."""
     match outcome:
-        case Completed(value, codec, unclaimed_entries):
-            row.result = value
-            row.codec = codec
-            row.unclaimed_entries = unclaimed_entries
-            row.reason = None
-            tx.runs.move(row, COMPLETED)
-        case Failed(error):
-            row.error = error
-            row.reason = None
-            tx.runs.move(row, State.FAILED)
+        case Completed():
+            tx.runs.end([(row, outcome)], COMPLETED)
+        case Failed():
+            tx.runs.end([(row, outcome)], FAILED)
         case Cancelled(reason):
             row.reason = KNOWN_SECRETS.remove_from(reason)
             tx.runs.move(row, State.CANCELLED)
@@ -382,7 +419,7 @@ def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
             tx.runs.wake(row)
         case Restarted(params, first):
             _restart(tx, row, params)
-            tx.journal.add(row.id, first)
+            tx.journal.add(row.id, [first])
         case _:
             assert_never(outcome)
 
@@ -414,3 +451,16 @@ def drop_journal(tx: Transaction, run: int) -> None:
     tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
     tx.journal.forget_calls(run)
     tx.runs.release_children(run)
+
+
+def _each(decide: Callable[[Transaction, Any], Any]) -> Callable[[Transaction, Sequence[Any]], Any]:
+    return lambda tx, ops: [decide(tx, op) for op in ops]
+
+
+_DECIDE: Mapping[type, Callable[[Transaction, Sequence[Any]], list[Any]]] = {
+    RecordEvents: _each(_record),
+    Append: _each(_append),
+    MarkStarted: _each(_mark_started),
+    Settle: _settle,
+}
+"""By the type of operations, what decides a list of them and returns their replies."""

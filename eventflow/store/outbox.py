@@ -65,7 +65,7 @@ def remove_sent(tx: Transaction, numbers: Sequence[int], rejected: Mapping[int, 
         found = tx.connection.execute(asked, (number,)).fetchone()
         if found is not None and found[2] is None:
             tx.events.add_dead_letter(found[1], found[0], KNOWN_SECRETS.remove_from(reason))
-            tx.commit.add_deliveries({"dead": 1})
+            tx.commit.add_deliveries([("dead", 1)])
     tx.connection.execute(
         "DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?))", (str(list(numbers)),)
     )

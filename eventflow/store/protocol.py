@@ -195,15 +195,17 @@ class RunReceiver(Protocol):
     """The worker, seen from the writer thread: it reserves new runs in memory, so that the hot path
     reads nothing back.
 
-    When a run is recorded (or a parent woken) the writer calls `reserve(run)`. With True the run is
-    inserted as RUNNING with token 1 and passed to `receive_runs` after the commit. With False it
-    stays PENDING, and `receive_runs` gets `has_due=True`.
+    When due runs are recorded (or parents woken) the writer calls `reserve`. The runs that this
+    returns are inserted as RUNNING with token 1 and passed to `receive_runs` after the commit. The
+    others stay PENDING, and `receive_runs` gets `has_due=True`.
     """
 
     loop: asyncio.AbstractEventLoop
 
-    def reserve(self, run: Run) -> bool:
-        """Called in the writer thread, before the commit. Must be quick and must not raise."""
+    def reserve(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """Which of these runs go straight to memory, in their order. Called in the writer thread,
+        before the commit. Must be quick and must not raise.
+        """
         ...
 
     def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Mapping[int, str]) -> None:

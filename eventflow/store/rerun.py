@@ -153,11 +153,9 @@ def rerun(tx: Transaction, run: int, call: str, new: int) -> Callable[[], Run]:
         cancel_reason=None,
     )
     seed = next((_seed(each) for each in entries if each.call_key == RERUN_NOTE), name)
-    for entry in kept:
-        tx.journal.added.append(rows.entry_row(new, entry))
-    tx.journal.add(new, rerun_entry(name, call, seed))
+    rows.insert_entries.execute(tx.connection, rows.entry_rows([(new, entry) for entry in kept]))
     note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=1, due_at=tx.commit.now)
-    tx.journal.add(new, note)
+    tx.journal.add(new, [rerun_entry(name, call, seed), note])
     return lambda: made
 
 

@@ -38,7 +38,7 @@ def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
     """Makes a run whose execution failed wait until `outcome.note.due_at`, and its failed children
     with it. If a cancel was requested meanwhile, the run is due now, with the cancel.
     """
-    tx.journal.add(row.id, outcome.note)
+    tx.journal.add(row.id, [outcome.note])
     tx.flush()
     try:
         cleared = _clear_errors(tx, row.id, has_failed=True, kept=_final_calls(tx, row.id))
@@ -164,7 +164,7 @@ def _renew_retries(tx: Transaction, row: RunRow, due_at: int) -> None:
     if last is not None:
         asked = "SELECT error FROM runs WHERE id = ?"
         (note.error,) = tx.connection.execute(asked, (row.id,)).fetchone()
-    tx.journal.add(row.id, note)
+    tx.journal.add(row.id, [note])
 
 
 def _clear_errors(
@@ -194,7 +194,7 @@ def _clear_errors(
     for entry in errors:
         entry.kind = Kind.CLEARED
     new = [entry for entry in errors if (entry.call_key, entry.attempt) not in before]
-    rows.insert_entries.execute(tx.connection, [rows.entry_row(run, entry) for entry in new])
+    rows.insert_entries.execute(tx.connection, rows.entry_rows([(run, entry) for entry in new]))
     tx.journal.finals.difference_update((run, call_key) for call_key in cleared)
     return cleared
 
@@ -239,7 +239,7 @@ def record_cancel(tx: Transaction, row: RunRow) -> None:
     """
     if not _has_cancel(tx, row.id):
         value = orjson.dumps(row.reason or "cancel requested")
-        tx.journal.add(row.id, Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=value))
+        tx.journal.add(row.id, [Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=value)])
 
 
 def _has_cancel(tx: Transaction, run: int) -> bool:
@@ -275,7 +275,7 @@ def answer_parent(tx: Transaction, child: RunRow, entry: Entry) -> Entry | None:
     if parent is None or call in tx.journal.finals:
         return None
     tx.journal.finals.add(call)
-    tx.journal.add(parent.id, entry)
+    tx.journal.add(parent.id, [entry])
     if parent.state is State.WAITING and not parent.awaits_retry:
         tx.runs.wake(parent)
     elif parent.state is State.RUNNING:

@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 from zlib import crc32
 
 import msgspec
+from msgspec.structs import astuple
 
 from eventflow.runs.journal import Entry
-from eventflow.runs.run import Run, State
+from eventflow.runs.run import Completed, Failed, Run, State
 from eventflow.store.protocol import Arrival
 
 NEVER = (1 << 63) - 1
@@ -134,22 +135,34 @@ def checksum(*payload: Value) -> int:
 
 # --------------------------------------------------------------------------- events
 
-EVENT_COLUMNS = (
-    "id", "key", "digest", "trigger", "event_id", "source", "type", "subject", "received_at",
-    "matched", "crc", "verdicts", "headers", "body",
+_EVENT_COLUMNS = (
+    "id", "key", "digest", "trigger", "event_id", "verdicts", "body", "source", "type",
+    "received_at", "matched", "crc",
 )  # fmt: skip
-insert_events = insert(
-    "events", EVENT_COLUMNS, "ON CONFLICT (substr(event_id, 1, 16), key) DO NOTHING"
-)
-"""Leaves out events whose identity the ledger has."""
+_IF_KNOWN = "ON CONFLICT (substr(event_id, 1, 16), key) DO NOTHING"
+insert_events = insert("events", (*_EVENT_COLUMNS, "subject", "headers"), _IF_KNOWN)
+insert_bare_events = insert("events", _EVENT_COLUMNS, _IF_KNOWN)
+"""Both leave out events whose identity the ledger has. Bare events have no subject and no headers:
+a NULL in the text costs nothing, one that is bound some thousand instructions.
+"""
 
 
-def event_row(a: Arrival) -> Values:
-    content = (a.id, a.key, a.digest, a.trigger, a.event_id, a.verdicts, a.headers, a.body)
-    return (
-        a.id, a.key, a.digest, a.trigger, a.event_id, a.source, a.type, a.subject, a.received_at,
-        len(a.runs), crc32(_pack(content)), a.verdicts, a.headers, a.body,
-    )  # fmt: skip
+def event_rows(arrivals: Sequence[Arrival]) -> list[Values]:
+    return [
+        (*row, a.subject, a.headers)
+        for a, row in zip(arrivals, bare_event_rows(arrivals), strict=True)
+    ]
+
+
+def bare_event_rows(arrivals: Sequence[Arrival]) -> list[Values]:
+    found: list[Values] = []
+    for a in arrivals:
+        content = (a.id, a.key, a.digest, a.trigger, a.event_id, a.verdicts, a.headers, a.body)
+        others = (
+            a.body, a.source, a.type, a.received_at, len(a.runs), crc32(_pack(content)),
+        )  # fmt: skip
+        found.append(content[:6] + others)
+    return found
 
 
 decide_events = over(
@@ -226,12 +239,23 @@ insert_started_runs = insert("runs", _STARTED_COLUMNS, constants=_STARTED_CONSTA
 """Runs of one event each that the worker takes as they are recorded."""
 
 
-def started_row(run: Run, size: int) -> Values:
-    content = (run.id, run.flow, run.subscription, run.event, None, None)
-    return (
-        run.id, run.flow, run.subscription, run.event, run.created_at, run.started_at,
-        run.priority, run.depth, size, crc32(_pack(content)),
-    )  # fmt: skip
+def started_rows(started: Sequence[tuple[Run, int]]) -> list[Values]:
+    """Rows of runs, each with its size."""
+    return [
+        (
+            run.id,
+            run.flow,
+            run.subscription,
+            run.event,
+            run.created_at,
+            run.started_at,
+            run.priority,
+            run.depth,
+            size,
+            crc32(_pack((run.id, run.flow, run.subscription, run.event, None, None))),
+        )
+        for run, size in started
+    ]
 
 
 def run_crc(
@@ -251,8 +275,9 @@ BY_ITS_PARENTS_CANCEL = -1
 
 
 class RunRow(msgspec.Struct, array_like=True, gc=False):
-    """The columns of a run that a transaction reads and may change; the last four are written,
-    never read. The defaults are those of a run that begins as it is recorded.
+    """The columns of a run that a transaction reads and may change. The defaults are those of a run
+    that begins as it is recorded. `outcome`: Completed or Failed once the run ended, or None;
+    written, never read.
 
     `cancel_requested` is 0 or says who cancelled the run: BY_A_PERSON, BY_ITS_PARENTS_CANCEL, or
     1 + the token of the claim in which its parent's flow gave up the call. retries.py uses it.
@@ -277,10 +302,7 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
     cancel_requested: int = 0
     reason: str | None = None
     deliveries: int = 1
-    result: bytes | None = None
-    codec: str | None = None
-    error: bytes | None = None
-    unclaimed_entries: int | None = None
+    outcome: Any = None  # msgspec decodes no union of structs
 
     @property
     def awaits_retry(self) -> bool:
@@ -302,10 +324,7 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
 
     def clear_outcome(self) -> None:
         self.reason = None
-        self.result = None
-        self.codec = None
-        self.error = None
-        self.unclaimed_entries = None
+        self.outcome = None
 
 
 def new_run_row(run: Run, due_at: int, size: int) -> RunRow:
@@ -352,44 +371,72 @@ update_runs = over(
 )
 
 
+def outcome_columns(row: RunRow) -> tuple[bytes | None, str | None, bytes | None, int | None]:
+    """`result`, `codec`, `error`, `unclaimed_entries`."""
+    match row.outcome:
+        case Completed(value, codec, unclaimed_entries):
+            return value, codec, None, unclaimed_entries
+        case Failed(error):
+            return None, None, error, None
+        case _:
+            return None, None, None, None
+
+
 def run_changes(row: RunRow) -> Values:
-    crc = (
-        None
-        if row.result is None and row.error is None
-        else checksum(row.id, row.result, row.codec, row.error)
-    )
+    result, codec, error, unclaimed_entries = outcome_columns(row)
+    crc = None if row.outcome is None else checksum(row.id, result, codec, error)
     return (
         row.id, int(row.state), row.due_at, row.started_at, row.finished_at, row.token,
         row.blocked, row.crash_suspect, row.crash_count, row.cancel_requested, row.reason,
-        row.result, row.codec, row.error, row.unclaimed_entries, crc,
+        result, codec, error, unclaimed_entries, crc,
     )  # fmt: skip
 
 
-_NEVER_WRITTEN: Mapping[str, int | str] = {
-    "flow": "", "subscription": "", "created_at": 0, "due_at": 0, "token": 0, "blocked": 0,
-    "priority": 0, "depth": 0, "crash_suspect": 0, "crash_count": 0, "cancel_requested": 0,
-    "size": 0, "crc": 0,
-}  # fmt: skip
-end_runs = insert(
-    "runs",
-    ("id", "state", "finished_at", "result", "codec", "error", "unclaimed_entries", "outcome_crc"),
-    "ON CONFLICT (id) DO UPDATE SET state = excluded.state, finished_at = excluded.finished_at,"
-    " result = excluded.result, codec = excluded.codec, error = excluded.error,"
-    " unclaimed_entries = excluded.unclaimed_entries, outcome_crc = excluded.outcome_crc,"
-    " reason = NULL",
-    _NEVER_WRITTEN,
-)
-"""Running runs that completed or failed. The rows exist, so that each is found and changed in one
-pass, where UPDATE … FROM makes two. The table's other columns must have a value all the same.
-"""
+def _ends(state: State, *columns: str) -> BulkStatement:
+    """Running runs that ended with an outcome, in this state.
+
+    The rows exist, so that each is found and changed in one pass, where UPDATE … FROM makes two.
+    The table's other columns must have a value all the same.
+    """
+    constants: dict[str, int | str] = {
+        "state": int(state), "flow": "", "subscription": "", "created_at": 0, "due_at": 0,
+        "token": 0, "blocked": 0, "priority": 0, "depth": 0, "crash_suspect": 0, "crash_count": 0,
+        "cancel_requested": 0, "size": 0, "crc": 0,
+    }  # fmt: skip
+    return insert(
+        "runs",
+        ("id", "finished_at", "outcome_crc", *columns),
+        "ON CONFLICT (id) DO UPDATE SET state = excluded.state, finished_at = excluded.finished_at,"
+        " result = excluded.result, codec = excluded.codec, error = excluded.error,"
+        " unclaimed_entries = excluded.unclaimed_entries, outcome_crc = excluded.outcome_crc,"
+        " reason = NULL",
+        constants,
+    )
 
 
-def end_row(row: RunRow) -> Values:
-    content = (row.id, row.result, row.codec, row.error)
-    return (
-        row.id, int(row.state), row.finished_at, row.result, row.codec, row.error,
-        row.unclaimed_entries, crc32(_pack(content)),
-    )  # fmt: skip
+end_completed_runs = _ends(State.COMPLETED, "result", "codec", "unclaimed_entries")
+end_failed_runs = _ends(State.FAILED, "error")
+
+
+def completed_rows(ended: Sequence[tuple[RunRow, Completed]]) -> list[Values]:
+    return [
+        (
+            row.id,
+            row.finished_at,
+            crc32(_pack((row.id, end.value, end.codec, None))),
+            end.value,
+            end.codec,
+            end.unclaimed_entries,
+        )
+        for row, end in ended
+    ]
+
+
+def failed_rows(ended: Sequence[tuple[RunRow, Failed]]) -> list[Values]:
+    return [
+        (row.id, row.finished_at, checksum(row.id, None, None, end.error), end.error)
+        for row, end in ended
+    ]
 
 
 insert_run_events = insert("run_events", ("run", "event"), "ON CONFLICT DO NOTHING")
@@ -472,43 +519,54 @@ known_children = over(
 
 # --------------------------------------------------------------------------- journal
 
-ENTRY_COLUMNS = (
-    "run",
-    "call_key",
-    "attempt",
-    "kind",
-    "batch",
-    "position",
-    "at",
-    "due_at",
-    "crc",
-    "codec",
-    "fingerprint",
-    "value",
-    "error",
-    "after",
-    "waited",
-    "took",
-)
-insert_entries = insert("journal", ENTRY_COLUMNS)
+_ENTRY_COLUMNS = (
+    "run", "call_key", "attempt", "kind", "batch", "position", "at", "crc", "codec", "fingerprint",
+    "value", "after", "waited", "took",
+)  # fmt: skip
+insert_entries = insert("journal", (*_ENTRY_COLUMNS, "due_at", "error"))
+insert_values = insert("journal", _ENTRY_COLUMNS)
+"""Entries that have no due time and no error."""
 
 
-def entry_row(run: int, e: Entry) -> Values:
-    return (
-        run, e.call_key, e.attempt, int(e.kind), e.batch, e.position, e.at, e.due_at,
-        entry_crc(run, e), e.codec, e.fingerprint, e.value, e.error, e.after, e.waited, e.took,
-    )  # fmt: skip
+def entry_rows(entries: Sequence[tuple[int, Entry]]) -> list[Values]:
+    """Rows of entries, each with its run."""
+    return [
+        (*row, e.due_at, e.error) for (_, e), row in zip(entries, value_rows(entries), strict=True)
+    ]
+
+
+def value_rows(entries: Sequence[tuple[int, Entry]]) -> list[Values]:
+    return [
+        (
+            run,
+            e.call_key,
+            e.attempt,
+            int(e.kind),
+            e.batch,
+            e.position,
+            e.at,
+            entry_crc(run, e),
+            e.codec,
+            e.fingerprint,
+            e.value,
+            e.after,
+            e.waited,
+            e.took,
+        )
+        for run, e in entries
+    ]
 
 
 def entry_crc(run: int, e: Entry) -> int:
-    """The times are part of it where there are any: earlier versions recorded none."""
-    content = (
-        run, e.call_key, e.attempt, int(e.kind), e.batch, e.position, e.due_at, e.codec,
-        e.fingerprint, e.value, e.error,
-    )  # fmt: skip
-    if e.took is None:
-        return crc32(_pack(content))
-    return crc32(_pack((*content, e.after, e.waited, e.took)))
+    """Over the run and the fields of `Entry` in their order, but for `at`. The times are part of it
+    where there are any: earlier versions recorded none.
+    """
+    content = (run, *astuple(e)[: _WITHOUT_TIMES if e.took is None else _WITH_TIMES])
+    return crc32(_pack(content))
+
+
+_WITHOUT_TIMES = Entry.__struct_fields__.index("after")
+_WITH_TIMES = Entry.__struct_fields__.index("at")
 
 
 known_entries = over(

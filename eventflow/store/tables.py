@@ -7,14 +7,16 @@ and patterns.py have two more tables. apply.py, admin.py and claim.py decide on 
 """
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from eventflow.core.errors import NotFound
 from eventflow.events.event import Json
 from eventflow.runs.journal import Entry
-from eventflow.runs.run import Run, State, format_id
+from eventflow.runs.run import Completed, Failed, Run, State, format_id
 from eventflow.store import rows
 from eventflow.store.load import load_runs
 from eventflow.store.protocol import Arrival, RunReceiver
@@ -85,12 +87,12 @@ class Commit:
     def count(self, column: str, n: int = 1) -> None:
         self.totals[column] += n
 
-    def add_deliveries(self, counts: Mapping[str, int]) -> None:
-        """Adds new deliveries, by their term of P9's sum."""
+    def add_deliveries(self, counts: Iterable[tuple[str, int]]) -> None:
+        """Adds new deliveries, so many for a term of P9's sum."""
         totals = self.totals
-        for column, n in counts.items():
-            totals[column] += n
-            totals["accepted"] += n
+        for (column, n), times in Counter(counts).items():
+            totals[column] += n * times
+            totals["accepted"] += n * times
 
     def suppress(self, deliveries: int, size: int = 0) -> None:
         """Pending deliveries, of `size` bytes, become suppressed: no run will have them."""
@@ -124,11 +126,13 @@ class EventRows:
 
     They are inserted first, before anything is decided about them: the index that keeps identities
     unique tells which are new, and only for those that are not the first event is looked up.
-    `firsts`: by the id of an arrival that is not the first of its identity, the first.
+    `firsts`: by the id of an arrival that is not the first of its identity, the first. `are_plain`:
+    each is the first of its identity, and joins no window and no pattern.
     """
 
     def __init__(self, commit: Commit) -> None:
         self.firsts: dict[int, KnownEvent] = {}
+        self.are_plain = True
         self.decided: list[Values] = []  # verdicts of windows and patterns
         self.dead_letters: list[Values] = []
         self.messages: list[Values] = []  # for the outbox
@@ -142,11 +146,14 @@ class EventRows:
         from the ledger or from an earlier one of these.
         """
         commit = self._commit
-        added = rows.insert_events.execute(
-            commit.connection, [rows.event_row(arrival) for arrival in arrivals]
-        )
+        if [each for each in arrivals if each.subject or each.headers]:
+            added = rows.insert_events.execute(commit.connection, rows.event_rows(arrivals))
+        else:
+            values = rows.bare_event_rows(arrivals)
+            added = rows.insert_bare_events.execute(commit.connection, values)
         commit.totals["events"] += added
         if added < len(arrivals):
+            self.are_plain = False
             self._find_firsts(arrivals)
 
     def _find_firsts(self, arrivals: Sequence[Arrival]) -> None:
@@ -173,10 +180,13 @@ class EventRows:
     def add_dead_letter(self, event: int, subscription: str, reason: str) -> None:
         self.dead_letters.append((event, subscription, reason, self._commit.at))
 
-    def add_message(self, sink: str, event: int, subscription: str | None) -> None:
-        """Adds the event, or its dead letter of this subscription, to the outbox of a sink."""
-        self.messages.append((sink, event, subscription, self._commit.at))
-        self._commit.sinks.add(sink)
+    def add_messages(self, arrival: Arrival) -> None:
+        """Adds its dead letters; and to the outbox of sinks the event, or such a dead letter."""
+        for subscription, reason in arrival.dead_letters:
+            self.add_dead_letter(arrival.id, subscription, reason)
+        for sink, subscription in arrival.outbox:
+            self.messages.append((sink, arrival.id, subscription, self._commit.at))
+            self._commit.sinks.add(sink)
 
     def count_duplicate(self, event: int, *, conflict: bool) -> None:
         """Counts a duplicate, or a conflict, on the row of the first event."""
@@ -227,7 +237,7 @@ class JournalRows:
     """
 
     def __init__(self, commit: Commit) -> None:
-        self.added: list[Values] = []
+        self.added: list[tuple[int, Entry]] = []
         self.finals: set[CallName] = set()
         self.children: set[CallName] = set()
         self.unseen: set[int] = set()  # runs with entries that their flow may not have seen
@@ -235,16 +245,32 @@ class JournalRows:
         self._commit = commit
         self._position = 0
 
-    def add(self, run: int, entry: Entry) -> Entry:
-        """Numbers the entry and adds it; an `at` that is given stays."""
-        commit = self._commit
-        entry.batch = commit.batch
-        entry.position = self._position
-        entry.at = entry.at or commit.now  # a run's time is the wall clock's
-        self._position += 1
-        self.added.append(rows.entry_row(run, entry))
+    def add(self, run: int, entries: Iterable[Entry]) -> None:
+        """Adds entries of this run, which are numbered when they are written."""
+        for entry in entries:
+            self.added.append((run, entry))
         self.unseen.add(run)
-        return entry
+
+    def flush(self) -> None:
+        """Numbers the entries that were added, and writes them; an `at` that is given stays."""
+        commit = self._commit
+        batch = commit.batch
+        now = commit.now
+        values: list[tuple[int, Entry]] = []
+        others: list[tuple[int, Entry]] = []
+        for position, added in enumerate(self.added, self._position):
+            entry = added[1]
+            entry.batch = batch
+            entry.position = position
+            entry.at = entry.at or now  # a run's time is the wall clock's
+            if entry.due_at is None and entry.error is None:
+                values.append(added)
+            else:
+                others.append(added)
+        rows.insert_values.execute(commit.connection, rows.value_rows(values))
+        rows.insert_entries.execute(commit.connection, rows.entry_rows(others))
+        self._position += len(self.added)
+        self.added.clear()
 
     def load_children(self, children: Iterable[Run]) -> None:
         """Reads which of these child runs their parents have started already."""
@@ -283,21 +309,22 @@ class JournalRows:
 class RunRows:
     """The runs of one transaction.
 
-    `running` are the rows that the writer remembers of running runs, shared by all commits.
+    `known`: the rows that the writer remembers of running runs, which nobody else writes, and those
+    that this transaction has read or added. Only rows of RUNNING runs stay after it.
     """
 
     def __init__(
-        self, commit: Commit, receiver: RunReceiver | None, running: dict[int, RunRow]
+        self, commit: Commit, receiver: RunReceiver | None, known: dict[int, RunRow]
     ) -> None:
-        self.added: list[Values] = []
-        self.started: list[Values] = []  # added, and reserved by the worker
+        self.known = known
         self.ended: list[RunRow] = []  # became HELD, or ended
         self._commit = commit
         self._receiver = receiver
-        self._running = running
-        self._rows: dict[int, RunRow | None] = {}
+        self._touched: list[RunRow] = []  # perhaps not RUNNING any more
+        self._added: list[Values] = []
+        self._started: list[tuple[Run, int]] = []  # added, and reserved by the worker; their sizes
+        self._ended: dict[State, list[tuple[RunRow, Any]]] = {COMPLETED: [], FAILED: []}
         self._changed: dict[int, RunRow] = {}
-        self._completed: list[RunRow] = []  # completed or failed, and nothing else changed
         self._woken: set[int] = set()
         # Flows and ordering keys whose head may change.
         self._ordering: set[tuple[str, str]] = set()
@@ -305,23 +332,19 @@ class RunRows:
     # ------------------------------------------------------------------- reading
 
     def fetch(self, idents: Iterable[int]) -> None:
-        """Reads these runs, so that `get` finds them in memory."""
-        known = self._rows
-        missing: list[int] = []
-        for ident in idents:
-            if ident not in known:
-                row = known[ident] = self._running.get(ident)
-                if row is None:
-                    missing.append(ident)
-        if missing:
-            found = self._commit.connection.execute(rows.READ_ROWS, (str(missing),)).fetchone()[0]
-            known.update((row.id, row) for row in rows.decode_rows(found))
+        """Reads these runs, so that `known` has those that exist."""
+        if missing := set(idents).difference(self.known):
+            wanted = (str(list(missing)),)
+            found = self._commit.connection.execute(rows.READ_ROWS, wanted).fetchone()[0]
+            for row in rows.decode_rows(found):
+                self.known[row.id] = row
+                self._touched.append(row)
 
     def get(self, ident: int) -> RunRow | None:
         """The run as this transaction will leave it, as far as decided; None when there is none."""
-        if ident not in self._rows:
+        if ident not in self.known:
             self.fetch((ident,))
-        return self._rows[ident]
+        return self.known.get(ident)
 
     def need(self, ident: int) -> RunRow:
         """`get`, or NotFound."""
@@ -354,93 +377,120 @@ class RunRows:
 
     # ------------------------------------------------------------------- deciding
 
-    def add(self, run: Run, payload: bytes | None) -> None:
-        """A new run: RUNNING at once if the worker reserves it, else in its own state. With an
-        ordering key it starts blocked.
+    def add(self, runs: Sequence[Run], sizes: Sequence[int]) -> None:
+        """New runs, of so many bytes: RUNNING at once if the worker reserves them, else in their
+        own state. Those with an ordering key start blocked.
         """
-        totals = self._commit.totals
-        size = len(run.params or b"") + len(payload or b"")
-        due_at = self._commit.due_of_new(run)
-        totals["runs"] += 1
-        totals["pending_bytes"] += size
-        if run.payload is None:
-            run.payload = payload
-        if run.ordering_key is not None:
-            self._ordering.add((run.flow, run.ordering_key))
-        elif run.state is PENDING and self._offer(run, due_at):
-            if run.token == 1 and run.parent is None and run.params is None and run.mode is None:
-                row = RunRow(run.id, run.flow, run.event, size, run.started_at, run.depth)
-                self._rows[run.id] = row
-                self.started.append(rows.started_row(run, size))
-                return
-            self._rows[run.id] = rows.new_run_row(run, due_at, size)
-        self.added.append(rows.run_row(run, due_at, size))
+        commit = self._commit
+        commit.totals["runs"] += len(runs)
+        commit.totals["pending_bytes"] += sum(sizes)
+        self._offer(
+            [
+                run
+                for run in runs
+                if run.ordering_key is None
+                and run.state is PENDING
+                and (run.due_at <= run.created_at or not commit.due(run.due_at))
+            ]
+        )
+        for run, size in zip(runs, sizes, strict=True):
+            if run.state is RUNNING:
+                if (
+                    run.token == 1
+                    and run.parent is None
+                    and run.params is None
+                    and run.mode is None
+                ):
+                    self.known[run.id] = RunRow(
+                        run.id, run.flow, run.event, size, run.started_at, run.depth
+                    )
+                    self._started.append((run, size))
+                    continue
+                self.known[run.id] = rows.new_run_row(run, 0, size)
+            due_at = commit.due_of_new(run)
+            if run.ordering_key is not None:
+                self._ordering.add((run.flow, run.ordering_key))
+            elif run.state is PENDING and 0 < due_at < commit.next_due:
+                commit.next_due = due_at
+            self._added.append(rows.run_row(run, due_at, size))
 
-    def add_growing(self, run: Run, payload: bytes | None) -> RunRow:
+    def add_growing(self, run: Run, size: int) -> RunRow:
         """A new run that further events may join.
 
         Returns its row; windows.py writes what grows of it.
         """
-        self.add(run, payload)
-        row = self._rows.get(run.id)
+        self.add([run], [size])
+        row = self.known.get(run.id)
         if row is None:
-            due_at = self._commit.due_of_new(run)
-            row = self._rows[run.id] = rows.new_run_row(run, due_at, len(payload or b""))
+            row = self.known[run.id] = rows.new_run_row(run, self._commit.due_of_new(run), size)
             row.blocked = int(run.ordering_key is not None)
+            self._touched.append(row)
         return row
 
-    def _offer(self, run: Run, due_at: int) -> bool:
-        """Whether the worker reserves the run."""
+    def _offer(self, due: Sequence[Run]) -> Sequence[Run]:
+        """Those of these due runs that the worker reserves; they are RUNNING."""
+        if not due:
+            return ()
         commit = self._commit
-        if due_at:
-            if due_at < commit.next_due:
-                commit.next_due = due_at
-        elif self._receiver is not None and self._receiver.reserve(run):
+        reserved = () if self._receiver is None else self._receiver.reserve(due)
+        for run in reserved:
             run.state = RUNNING
             run.token += 1
             if run.started_at is None:
                 run.started_at = commit.at
                 run.begins = True
-            commit.reserved.append(run)
-            return True
-        else:
-            commit.has_due = True
-        return False
+        commit.reserved += reserved
+        commit.has_due |= len(reserved) < len(due)
+        return reserved
 
     def change(self, row: RunRow) -> None:
         """Columns of this row were changed that `move` does not know of."""
         self._changed[row.id] = row
 
     def move(self, row: RunRow, state: State, due_at: int | None = None) -> None:
-        """Changes the run's state, and with it the sum of P9, the backlog and the head of its
-        ordering key.
-        """
+        """Changes the run's state, and what depends on it (`_count`)."""
         before = row.state
         row.state = state
-        totals = self._commit.totals
         if due_at is not None:
             row.due_at = due_at
-        if row.parent is None:
-            totals[COLUMN[before]] -= row.deliveries
-            totals[COLUMN[state]] += row.deliveries
+        self._changed[row.id] = row
+        self._count([row], before, state)
+
+    def end(self, ended: Sequence[tuple[RunRow, Completed | Failed]], state: State) -> None:
+        """Running runs ended with these outcomes: they are COMPLETED, or FAILED."""
+        for row, outcome in ended:
+            row.state = state
+            row.reason = None
+            row.outcome = outcome
+        self._ended[state] += ended
+        self._count([row for row, _ in ended], RUNNING, state)
+
+    def _count(self, moved: Sequence[RunRow], before: State, state: State) -> None:
+        """Rows have moved from one state to another: the sum of P9, the backlog, and the heads of
+        their ordering keys.
+        """
+        totals = self._commit.totals
+        deliveries = 0
+        size = 0
+        for row in moved:
+            size += row.size
+            if row.parent is None:
+                deliveries += row.deliveries
+        totals[COLUMN[before]] -= deliveries
+        totals[COLUMN[state]] += deliveries
         if state >= HELD and before is not state:
-            self.ended.append(row)
+            self.ended += moved
         was_live = before < COMPLETED
         is_live = state < COMPLETED
         if was_live != is_live:
-            totals["pending_bytes"] += row.size if is_live else -row.size
-            row.finished_at = None if is_live else self._commit.at
-            if row.ordering_key is not None:
-                row.blocked = int(is_live)
-                self._ordering.add((row.flow, row.ordering_key))
-        if (
-            before is RUNNING
-            and (state is COMPLETED or state is FAILED)
-            and row.id not in self._changed
-        ):
-            self._completed.append(row)
-        else:
-            self._changed[row.id] = row
+            totals["pending_bytes"] += size if is_live else -size
+            finished_at = None if is_live else self._commit.at
+            for row in moved:
+                row.finished_at = finished_at
+                if row.ordering_key is not None:
+                    row.blocked = int(is_live)
+                    self._ordering.add((row.flow, row.ordering_key))
+        self._touched += moved
 
     def wake(self, row: RunRow) -> None:
         """PENDING, due now; the worker may reserve it at once."""
@@ -458,11 +508,21 @@ class RunRows:
         self._commit.connection.execute(
             "UPDATE runs SET parent_call_key = NULL WHERE parent = ?", (parent,)
         )
-        for row in (*self._rows.values(), *self._running.values()):
-            if row is not None and row.parent == parent:
+        for row in self.known.values():
+            if row.parent == parent:
                 row.parent_call_key = None
 
     # ------------------------------------------------------------------- writing
+
+    def flush_added(self) -> None:
+        """Writes the runs that were added."""
+        connection = self._commit.connection
+        if self._started:
+            rows.insert_started_runs.execute(connection, rows.started_rows(self._started))
+            self._started.clear()
+        if self._added:
+            rows.insert_runs.execute(connection, self._added)
+            self._added.clear()
 
     def flush_changes(self) -> None:
         """Writes changed runs, after everything that was added: woken runs are offered to the
@@ -471,9 +531,12 @@ class RunRows:
         connection = self._commit.connection
         if self._woken:
             self._offer_woken()
-        if self._completed:
-            rows.end_runs.execute(connection, [rows.end_row(row) for row in self._completed])
-            self._completed.clear()
+        if completed := self._ended[COMPLETED]:
+            rows.end_completed_runs.execute(connection, rows.completed_rows(completed))
+            completed.clear()
+        if failed := self._ended[FAILED]:
+            rows.end_failed_runs.execute(connection, rows.failed_rows(failed))
+            failed.clear()
         if self._changed:
             changes = [rows.run_changes(row) for row in self._changed.values()]
             rows.update_runs.execute(connection, changes)
@@ -490,36 +553,30 @@ class RunRows:
         ready = [
             row
             for row in map(self.get, self._woken)
-            if row is not None and row.state is State.PENDING and not row.blocked
+            if row is not None and row.state is PENDING and not row.blocked
         ]
         self._woken.clear()
         if ready and self._receiver is None:
             self._commit.has_due = True
         elif ready:
-            for run in self.load(ready):
+            for run in self._offer(self.load(ready)):
                 row = self.need(run.id)
-                if self._offer(run, 0):
-                    row.clear_wait_reason()
-                    row.state = State.RUNNING
-                    row.token = run.token
-                    row.started_at = run.started_at
+                row.clear_wait_reason()
+                row.state = RUNNING
+                row.token = run.token
+                row.started_at = run.started_at
 
-    def remember(self) -> None:
-        """The commit is durable: what the writer knows of running runs is what this transaction
-        left.
-        """
-        running = self._running
-        for ident, row in self._rows.items():
-            if row is not None and row.state is RUNNING:
-                running[ident] = row
-            else:
-                running.pop(ident, None)
+    def forget_ended(self) -> None:
+        """The commit is durable: only the rows of running runs are kept for the next one."""
+        for row in self._touched:
+            if row.state is not RUNNING:
+                self.known.pop(row.id, None)
 
     def undo(self) -> None:
         """The commit failed: runs that the worker reserved go back as they were, remembered rows
         are forgotten.
         """
-        self._running.clear()
+        self.known.clear()
         reserved = self._commit.reserved
         self._commit.reserved = []
         if reserved and self._receiver is not None:

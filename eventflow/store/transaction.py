@@ -66,27 +66,25 @@ class Transaction:
 
     def flush(self) -> None:
         """Writes everything decided so far, but for the ledger's own row."""
-        connection = self.connection
         events = self.events
-        runs = self.runs
         for statement, values in (
             (rows.decide_events, events.decided),
-            (rows.insert_started_runs, runs.started),
-            (rows.insert_runs, runs.added),
-            (rows.insert_entries, self.journal.added),
             (rows.insert_dead_letters, events.dead_letters),
             (rows.insert_outbox, events.messages),
         ):
             if values:
-                statement.execute(connection, values)
+                statement.execute(self.connection, values)
                 values.clear()
+        self.runs.flush_added()
+        if self.journal.added:
+            self.journal.flush()
         if events.has_updates:
             events.flush_updates()
         if self._windows is not None:
             self._windows.flush()
         if self._patterns is not None:
             self._patterns.flush()
-        runs.flush_changes()
+        self.runs.flush_changes()
 
     def finish(self) -> None:
         """Writes the rest and the ledger's row; the writer commits."""

@@ -92,7 +92,9 @@ class Windows:
 
     def open(self, run: Run, payload: bytes, at: int) -> None:
         """Adds a run that further events may join until it begins."""
-        self._runs.add_growing(run, payload)
+        if run.payload is None:
+            run.payload = payload
+        self._runs.add_growing(run, len(payload))
         self._put(run, 1, at)
 
     def place_match(self, match: PatternMatch, now: int) -> int:
@@ -119,7 +121,7 @@ class Windows:
         run = match.run
         events = match.events
         run.deliveries = len(events)
-        row = self._runs.add_growing(run, None)
+        row = self._runs.add_growing(run, len(run.params or b""))
         row.deliveries = len(events)
         row.size = match.size
         self._grown[run.id] = row

@@ -14,13 +14,14 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, TypeAlias
 
 import msgspec
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
-from eventflow.store.apply import ServeAlone, apply, prefetch, record_run_events
+from eventflow.store.apply import ServeAlone, apply, record_run_events
 from eventflow.store.claim import claim
 from eventflow.store.file_guards import (
     ALL_FILES_CHECK_SECONDS,
@@ -435,7 +436,7 @@ class Writer:
             value = verb.call(tx)
             tx.flush()
             return [items[0].replied(value() if callable(value) else value)]
-        writes: list[tuple[QueuedOperation, WriteOp | OpList]] = []
+        writes: list[QueuedOperation] = []
         claims: list[tuple[QueuedOperation, Claim]] = []
         ops: list[WriteOp] = []
         for item in items:
@@ -443,20 +444,21 @@ class Writer:
             if isinstance(op, Claim):
                 claims.append((item, op))
             elif isinstance(op, OpList):
-                writes.append((item, op))
+                writes.append(item)
                 ops.extend(op.ops)
             elif not isinstance(op, _SOLITARY):
-                writes.append((item, op))
+                writes.append(item)
                 ops.append(op)
         tx.operations = len(ops) + len(claims)
-        prefetch(tx, ops, must_probe=must_probe)
-        replies: list[LoopCallback] = []
-        for item, op in writes:
-            if isinstance(op, OpList):
-                reply = [apply(tx, each) for each in op.ops]
-            else:
-                reply = apply(tx, op)
-            replies.append((item.loop, item.reply, (reply,)))
+        applied = iter(apply(tx, ops, must_probe=must_probe))
+        replies = [
+            item.replied(
+                list(islice(applied, len(item.op.ops)))
+                if isinstance(item.op, OpList)
+                else next(applied)
+            )
+            for item in writes
+        ]
         if claims:
             tx.flush()
         for item, op in claims:
@@ -486,7 +488,7 @@ class Writer:
         last.batch = commit.batch
         last.at = commit.at
         last.totals = commit.totals
-        tx.runs.remember()
+        tx.runs.forget_ended()
         new_runs = self.listeners.new_runs
         if new_runs is not None and (commit.reserved or commit.has_due or has_new_runs):
             new_runs(False)

@@ -54,9 +54,10 @@ class RecordingWorker:
         self.due_reports = 0
         self.answers: list[tuple[int, Entry]] = []
 
-    def reserve(self, run: Run) -> bool:
-        self.capacity -= 1
-        return self.capacity >= 0
+    def reserve(self, runs: Sequence[Run]) -> Sequence[Run]:
+        reserved = runs[: max(0, self.capacity)]
+        self.capacity -= len(runs)
+        return reserved
 
     def receive_answers(self, answers: Sequence[tuple[int, Entry]]) -> None:
         self.answers.extend(answers)
