@@ -38,7 +38,8 @@ from eventflow.engine.lost_calls import returned_unawaited
 from eventflow.engine.run_end import RunEnd
 from eventflow.engine.worker_services import CANCEL_ATTEMPTS, WorkerServices
 from eventflow.logs.log import LogContext, get_logger, log_context
-from eventflow.loop.flow_loop import leave_flow
+from eventflow.loop.flow_loop import FlowLoop, leave_flow
+from eventflow.loop.started import StartedCoroutine
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import MAX_CRASHES, Interrupted, Run
 from eventflow.sdk.checkpoint import enter_checkpoints
@@ -96,6 +97,7 @@ class Attempts(msgspec.Struct, eq=False):
     _services: WorkerServices
     run: Run
     run_id: str
+    _flow_loop: FlowLoop
     _log_context: LogContext
     _writer: JournalWriter
     _run_end: RunEnd
@@ -103,8 +105,8 @@ class Attempts(msgspec.Struct, eq=False):
     running: int = 0
 
     def launch(self, call: TaskCall) -> None:
-        """Starts the next attempt of a call; its body takes its first step in the loop's
-        next turn.
+        """Starts the next attempt of a call. Its body takes its first step here, unless a task of
+        the worker's loop takes a step now: then in the loop's next turn.
         """
         call.attempt += 1
         call.is_running = True
@@ -116,9 +118,14 @@ class Attempts(msgspec.Struct, eq=False):
         may_retry = call.task.options.retries.attempts > 1
         context: Context = call.context.copy() if may_retry else call.context
         context.run(self._enter, call)
-        # Not loop.create_task: an eager task factory would run the body here, inside the flow's own
-        # step.
-        call.handle = AttemptTask(self._attempt(call), loop=self._services.loop, context=context)
+        # Not loop.create_task: an eager task factory would not know the flow's loop.
+        loop = self._services.loop
+        coro = StartedCoroutine(self._attempt(call))
+        task = call.handle = AttemptTask(coro, loop=loop, context=context)
+        if self._flow_loop.is_current():
+            self._flow_loop.run_outside(coro.start, task, loop, context)
+        elif asyncio.current_task(loop) is None:
+            coro.start(task, loop, context)
 
     def _enter(self, call: TaskCall) -> None:
         name = call.task.name

@@ -112,7 +112,14 @@ class Execution(FlowCalls):
         self.pending = PendingCalls(journal, began_at, is_suspect=run.crash_suspect)
         self.writer = JournalWriter(services, run, self._on_appended)
         self.attempts = Attempts(
-            services, run, self.run_id, self.log_context, self.writer, self.run_end, self.carry_out
+            services,
+            run,
+            self.run_id,
+            self.loop,
+            self.log_context,
+            self.writer,
+            self.run_end,
+            self.carry_out,
         )
         self.suspension = Suspension(services, flow.options, self.pending, self._rest)
         self._on_settled = on_settled
@@ -221,7 +228,9 @@ class Execution(FlowCalls):
             if (action := end.refuse()) is not None:
                 self.carry_out(action)
             return True
-        self._start_new()
+        self.start_new()
+        if self.pending.answers:  # of a body that ended in its first step
+            return True
         self._rest()
         return False
 
@@ -231,9 +240,9 @@ class Execution(FlowCalls):
         if self.run_end.outcome is not None or self.pending.answers:
             self.on_parked()
         else:
-            self._start_new()
+            self.start_new()
 
-    def _start_new(self) -> None:
+    def start_new(self) -> None:
         """Starts new calls, unless the worker drains.
 
         A value that the flow has before its commit is made durable first. Emissions have no effect
@@ -332,11 +341,14 @@ class Execution(FlowCalls):
                 log.error(
                     "run.internal_error", run=self.run_id, flow=self.flow.name, exc_info=fault
                 )
-                if not self.run_end.is_closed:
-                    what = error_line(fault)
-                    self._settle(
-                        NeedsAttention(f"a defect in eventflow, or in an object of the app: {what}")
-                    )
+                what = error_line(fault)
+                outcome = NeedsAttention(
+                    f"a defect in eventflow, or in an object of the app: {what}"
+                )
+                if self.loop.is_stepping:  # its coroutines cannot be closed now
+                    self.end_run(outcome)
+                elif not self.run_end.is_closed:
+                    self._settle(outcome)
             case _:
                 assert_never(action)
 
@@ -357,7 +369,8 @@ class Execution(FlowCalls):
         # The flow's time from here on, so the store keeps it.
         entry.at = max(self.pending.now, self.services.clock.now())
         self.pending.deliver_uncommitted(entry)
-        self.wake()
+        if not self.loop.is_running():  # else the flow receives it when this step ends
+            self.wake()
 
     def _on_timer(self, target: TaskCall | FlowTimer | ControlSignal) -> None:
         if target.call_key not in self.pending.waiting:

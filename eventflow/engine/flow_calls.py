@@ -6,10 +6,11 @@ current task before its coroutine exists.
 """
 
 import asyncio
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextvars import copy_context
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import orjson
 
@@ -28,8 +29,8 @@ from eventflow.logs.log import LogContext, get_logger, log_context
 from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
 from eventflow.loop.unawaited import CallSite
-from eventflow.runs.journal import Entry, Journal, Kind, restart_entry
-from eventflow.runs.run import NeedsAttention, Outcome, Restarted, Run
+from eventflow.runs.journal import Entry, Kind, restart_entry
+from eventflow.runs.run import NeedsAttention, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import TaskCall
 from eventflow.serialization.errors import decode_error
@@ -40,6 +41,9 @@ LOG_EVENTS = {
         "A callback that flow code scheduled on its event loop raised an exception."
     ),
 }
+
+
+UNREADABLE: Final = object()
 
 
 class FlowCalls(ABC):
@@ -58,6 +62,12 @@ class FlowCalls(ABC):
 
     @abstractmethod
     def carry_out(self, action: Action) -> None: ...
+
+    @abstractmethod
+    def start_new(self) -> None: ...
+
+    @abstractmethod
+    def guarded(self, call: Callable[..., None], *args: Any) -> None: ...
 
     def make_coroutine(self) -> Coroutine[Any, Any, Any]:
         """The flow's coroutine, with its arguments bound. Sets the run's context variables.
@@ -98,7 +108,21 @@ class FlowCalls(ABC):
         """The call's recorded or new result. Its call key is taken already."""
         if self.run_end.outcome is not None or self.run_end.is_signalled:
             await refuse_unless_cleanup(self)
-        future = self._await_call(call)
+        # If the flow's only task waits for this call, no step is left: the flow is parked. In an
+        # `except` block it takes the longer way: a body must not see the error handled there.
+        parks = (
+            self.loop.is_parked_but_for(self.root)
+            and not self.pending.answers
+            and sys.exception() is None
+        )
+        self._make_call(call)
+        if parks and (entry := self._answer_at_once()) is not None:
+            if entry.kind is Kind.ERROR:
+                raise decode_error(entry.error or b"{}")
+            value = self._read_value(call, entry)
+            if value is not UNREADABLE:
+                return value
+        future = call.future = asyncio.Future(loop=self.loop)
         try:
             return await future
         except BaseException:
@@ -108,7 +132,7 @@ class FlowCalls(ABC):
             call.future = None
             del future
 
-    def _await_call(self, call: Call) -> asyncio.Future[Any]:
+    def _make_call(self, call: Call) -> None:
         if not self.run_end.is_open:
             raise asyncio.CancelledError(self.run_end.outcome)
         if type(call) is TaskCall:
@@ -116,11 +140,39 @@ class FlowCalls(ABC):
             times = call.times
             times.after = self.pending.last_delivered
             times.asked_at = self.services.clock.monotonic()
+        self._request(call)
+
+    def _await_call(self, call: Call) -> asyncio.Future[Any]:
+        self._make_call(call)
         future: asyncio.Future[Any] = asyncio.Future(loop=self.loop)
         call.future = future
-        if (action := self.pending.request(call)) is not None:
-            self.carry_out(action)
         return future
+
+    def _answer_at_once(self) -> Entry | None:
+        """What `on_parked` does for a flow that waits for one call, in the step that makes it: the
+        recorded answer, or the value of a body that ends without waiting.
+        """
+        pending = self.pending
+        if self.loop.cleanup is not None or not self.run_end.is_open:
+            return None
+        if not pending.answers:
+            pending.is_replaying = False
+            self.guarded(self.start_new)
+        if not pending.answers or not self.run_end.is_open:
+            return None
+        ((_, _, entry, _),) = pending.next_batch()
+        return entry
+
+    def _read_value(self, call: Call, entry: Entry) -> Any:
+        """The recorded value, or UNREADABLE: then the run ends."""
+        try:
+            return decode_value(call, entry, self.services)
+        except ResultsUnavailable:
+            self.carry_out(EndRun(retry_later(self.services, self.pending.journal)))
+        except BaseException as error:  # the code expects another type; the stored value stays
+            reason = f"{call.call_key}: the recorded value cannot be read back: {error_text(error)}"
+            self.carry_out(EndRun(NeedsAttention(reason)))
+        return UNREADABLE
 
     def _request(self, target: Pending) -> None:
         if (action := self.pending.request(target)) is not None:
@@ -175,14 +227,26 @@ class FlowCalls(ABC):
         if isinstance(target, FlowTimer):
             target.fire()
         elif not isinstance(target, ControlSignal):
-            outcome = answer(target, entry, self.services, self.pending.journal)
-            if outcome is not None:
-                self.carry_out(EndRun(outcome))
+            self._answer(target, entry)
         elif self.root is not None:
             self.loop.cleanup = self.loop.cleanup or Cleanup()
             self.run_end.apply_signal(
                 entry, self.root, lambda outcome: self.carry_out(EndRun(outcome))
             )
+
+    def _answer(self, call: Call, entry: Entry) -> None:
+        """Sets the call's future, unless it is done."""
+        future = call.future
+        if future is None or future.done():
+            return
+        if entry.kind is Kind.ERROR:
+            future.set_exception(decode_error(entry.error or b"{}"))
+            # Recorded: no warning if the flow ignores it.
+            future._log_traceback = False  # pyright: ignore
+        else:
+            value = self._read_value(call, entry)
+            if value is not UNREADABLE:
+                future.set_result(value)
 
     # ----------------------------------------------------------------- scopes
 
@@ -268,31 +332,10 @@ async def refuse(calls: FlowCalls) -> NoReturn:
     raise asyncio.CancelledError(calls.run_end.outcome)
 
 
-def answer(call: Call, entry: Entry, services: WorkerServices, journal: Journal) -> Outcome | None:
-    """Sets the future, unless it is done. Returns how the run ends if the value cannot be read."""
-    future = call.future
-    if future is None or future.done():
-        return None
-    if entry.kind is Kind.ERROR:
-        future.set_exception(decode_error(entry.error or b"{}"))
-        # Recorded: no warning if the flow ignores it.
-        future._log_traceback = False  # pyright: ignore
-    elif isinstance(call, EmitCall):
-        future.set_result((entry.value or b"").decode())
-    else:
-        try:
-            value = _decode(call, entry, services)
-        except ResultsUnavailable:
-            return retry_later(services, journal)
-        except BaseException as error:  # the code expects another type; the stored value stays
-            return NeedsAttention(
-                f"{call.call_key}: the recorded value cannot be read back: {error_text(error)}"
-            )
-        future.set_result(value)
-    return None
-
-
-def _decode(call: TaskCall | ChildCall, entry: Entry, services: WorkerServices) -> Any:
+def decode_value(call: Call, entry: Entry, services: WorkerServices) -> Any:
+    """The value that an entry records for the call, by the codec of its task or flow."""
+    if isinstance(call, EmitCall):
+        return (entry.value or b"").decode()
     result = call.task.result if isinstance(call, TaskCall) else call.flow.result
     codec = entry.codec or "json"
     data = entry.value or b"null"

@@ -353,6 +353,8 @@ class FlowLoop(HostedLoop):
     _rounds = 0
     _pumping = False
     _closed = False
+    is_stepping = False
+    """Whether flow code, or a body that began in a step of it, is executing."""
 
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
         self.host = host
@@ -413,14 +415,31 @@ class FlowLoop(HostedLoop):
         drops.
         """
         outer = self._outer if self._outer.is_running() else None
-        hooks = sys.get_asyncgen_hooks()
+        hooks = self._outer_hooks = sys.get_asyncgen_hooks()
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._finalize)
+        self.is_stepping = True
         try:
             return step(*args)
         finally:
+            self.is_stepping = False
             sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(outer)
+
+    def run_outside(self, step: Callable[..., T], *args: Any) -> T:
+        """Runs `step` with the host's loop as the running one, in the middle of a step of this
+        loop.
+        """
+        task = asyncio.current_task(self)
+        asyncio._leave_task(self, task)  # pyright: ignore
+        events._set_running_loop(self._outer)
+        sys.set_asyncgen_hooks(*self._outer_hooks)
+        try:
+            return step(*args)
+        finally:
+            sys.set_asyncgen_hooks(None, self._finalize)
+            events._set_running_loop(self)
+            asyncio._enter_task(self, task)  # pyright: ignore
 
     def _take_steps(self, limit: int) -> int:
         """Takes the steps that are ready, and those that they make ready, up to the limit; returns
@@ -453,6 +472,18 @@ class FlowLoop(HostedLoop):
     def is_current(self) -> bool:
         """Whether the caller is flow code, in this thread."""
         return events._get_running_loop() is self
+
+    def is_parked_but_for(self, task: FlowTask | None) -> bool:
+        """Whether no step is left once the current one, which is of `task`, has ended: the flow has
+        made no other task, and no callback is ready.
+        """
+        return (
+            len(self._tasks) == 1
+            and not self._ready
+            and not self._unordered
+            and self.is_current()
+            and asyncio.current_task(self) is task
+        )
 
     def is_ready(self) -> bool:
         """Whether steps are left: `run_ready` stopped to let the worker's loop run."""
