@@ -36,12 +36,15 @@ BROAD_EXCEPTS = {
     "eventflow/core/errors.py": 2,  # user code whose error is of no interest; a user's __str__
     "eventflow/core/threads.py": 1,  # around a plain function: its future gets it
     "eventflow/engine/attempts.py": 2,  # around an attempt; around what follows it (a Retry)
-    "eventflow/engine/flow_calls.py": 2,  # around an emission; a recorded value that is unreadable
+    "eventflow/engine/calls.py": 1,  # a recorded value that is unreadable
+    "eventflow/engine/first_body.py": 2,  # a body's arguments; the encoding of its value
+    "eventflow/engine/flow_calls.py": 1,  # around an emission
     "eventflow/engine/outcomes.py": 1,  # a result that cannot be read has no hook
     "eventflow/engine/run_end.py": 1,  # around the encoding of a result
+    "eventflow/loop/started.py": 1,  # the task that goes on with the coroutine raises it
     "eventflow/engine/worker.py": 2,  # around the start of a run
     "eventflow/server/watchdog.py": 1,  # the end of the watchdog ends the process
-    "eventflow/engine/execution.py": 2,  # around a run, and the binding of its arguments
+    "eventflow/engine/execution.py": 3,  # around a run, the binding of its arguments, its result
     "eventflow/testing/trigger_contract.py": 1,  # around a listener, as the reactor does
     "eventflow/routing/plans.py": 3,  # around filters, keys and params: a dead letter each
     "eventflow/routing/router.py": 2,  # around the matching of an event (its first, a later one):

@@ -33,17 +33,17 @@ from eventflow.engine.actions import (
     ReportFault,
     ReportFenced,
 )
+from eventflow.engine.first_body import AttemptTask, enter_attempt
 from eventflow.engine.journal_writer import JournalWriter
 from eventflow.engine.lost_calls import returned_unawaited
 from eventflow.engine.run_end import RunEnd
 from eventflow.engine.worker_services import CANCEL_ATTEMPTS, WorkerServices
 from eventflow.logs.log import LogContext, get_logger, log_context
-from eventflow.loop.flow_loop import FlowLoop, leave_flow
-from eventflow.loop.started import StartedCoroutine
+from eventflow.loop.flow_loop import FlowLoop
+from eventflow.loop.started import StartedCoroutine, run_as_task
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import MAX_CRASHES, Interrupted, Run
-from eventflow.sdk.checkpoint import enter_checkpoints
-from eventflow.sdk.task import TaskCall, TaskContext, enter_task
+from eventflow.sdk.task import TaskCall
 from eventflow.serialization.blobs import OFFLOAD_BYTES, offload
 from eventflow.serialization.errors import MAX_DETAIL
 from eventflow.store.protocol import Appended, Arrival
@@ -72,19 +72,6 @@ LOG_EVENTS = {
         "An on_success or on_failure hook raised an exception; the outcome does not change."
     ),
 }
-
-
-class AttemptTask(asyncio.Task[Any]):
-    """The asyncio task of an attempt; knows whether its body has cancelled it."""
-
-    __slots__ = ("cancels_itself",)
-
-    cancels_itself: bool
-
-    def cancel(self, msg: Any = None) -> bool:
-        if _is_running(self):
-            self.cancels_itself = True
-        return super().cancel(msg)
 
 
 class Attempts(msgspec.Struct, eq=False):
@@ -117,31 +104,32 @@ class Attempts(msgspec.Struct, eq=False):
         # What a body sets in its context, the next attempt's must not see.
         may_retry = call.task.options.retries.attempts > 1
         context: Context = call.context.copy() if may_retry else call.context
-        context.run(self._enter, call)
+        on_progress = self._on_checkpoint_progress if self.run.crash_suspect else None
+        context.run(
+            enter_attempt, self._services, self.run_id, self._log_context, call, on_progress
+        )
         # Not loop.create_task: an eager task factory would not know the flow's loop.
         loop = self._services.loop
-        coro = StartedCoroutine(self._attempt(call))
-        task = call.handle = AttemptTask(coro, loop=loop, context=context)
-        if self._flow_loop.is_current():
-            self._flow_loop.run_outside(coro.start, task, loop, context)
-        elif asyncio.current_task(loop) is None:
-            coro.start(task, loop, context)
+        attempt = StartedCoroutine(context)
+        call.handle = AttemptTask(attempt, loop=loop, context=context)
+        if self._flow_loop.is_current() or asyncio.current_task(loop) is None:
+            self._take_first_step(call, attempt)
+        else:
+            attempt.follow(self._attempt(call))
 
-    def _enter(self, call: TaskCall) -> None:
-        name = call.task.name
-        leave_flow()
-        log_context.set(self._log_context.for_attempt(name, call.attempt))
-        call.body = TaskContext(
-            self.run_id,
-            name,
-            call.attempt,
-            f"{self.run_id}/{call.call_key}",
-            None,
-            call.fingerprint,
-        )
-        enter_task(call.body)
-        on_progress = self._on_checkpoint_progress if self.run.crash_suspect else None
-        enter_checkpoints(self._services.checkpoints, on_progress)
+    def take_over(self, call: TaskCall) -> None:
+        """Goes on with an attempt whose body has taken its first step (first_body.py)."""
+        self.running += 1
+        self._take_first_step(call, call.handle.get_coro())
+
+    def _take_first_step(self, call: TaskCall, attempt: StartedCoroutine) -> None:
+        loop = self._services.loop
+        coro = self._attempt(call)
+        step = (call.handle, loop, attempt.context, attempt.take_first_step, coro)
+        if self._flow_loop.is_current():
+            self._flow_loop.run_outside(run_as_task, *step)
+        else:
+            run_as_task(*step)
 
     def abandon(self, call: TaskCall) -> None:
         """Cancels the call's body, or the timer of its next attempt; nothing of it is recorded from
@@ -211,6 +199,9 @@ class Attempts(msgspec.Struct, eq=False):
         """The body within its limits: _body → _limited (the task's concurrency) → _gated (crash
         suspects) → _timed (the timeout) → the function, on the loop or in a thread.
         """
+        if (begun := call.first_step) is not None:
+            call.first_step = None
+            return begun
         if call.task.options.concurrency is None and not self.run.crash_suspect:
             return self._timed(call)
         return self._limited(call, self._services.limits.for_task(call.task))

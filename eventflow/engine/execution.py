@@ -17,10 +17,9 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, assert_never
 
-import msgspec
 import orjson
 
-from eventflow.core.clock import SECOND, read_moment, timer_at
+from eventflow.core.clock import read_moment, timer_at
 from eventflow.core.errors import StoreError, error_line
 from eventflow.engine.actions import (
     AbandonAttempt,
@@ -37,21 +36,27 @@ from eventflow.engine.actions import (
     StartAttempt,
     StartChild,
 )
-from eventflow.engine.attempts import Attempts
 from eventflow.engine.awaitables import ControlSignal
 from eventflow.engine.flow_calls import FlowCalls
-from eventflow.engine.journal_writer import JournalWriter, Reply
+from eventflow.engine.journal_writer import Reply
 from eventflow.engine.lost_calls import report_lost_calls
-from eventflow.engine.pending_calls import PendingCalls
-from eventflow.engine.run_end import RunEnd, answer_to_parent
-from eventflow.engine.suspension import Suspension
+from eventflow.engine.run_end import answer_to_parent
+from eventflow.engine.run_parts import SETTLED_LOOP
 from eventflow.engine.worker_services import WorkerServices
-from eventflow.logs.log import LogContext, get_logger
-from eventflow.loop.flow_loop import DETACHED_HOST, FlowLoop, FlowTask, FlowTimer
+from eventflow.logs.log import get_logger
+from eventflow.loop.flow_loop import DETACHED_HOST, FlowTask, FlowTimer
 from eventflow.runs.journal import CANCEL_KEY, TIMEOUT_KEY, Entry, Journal, Kind
-from eventflow.runs.run import Failed, Interrupted, NeedsAttention, Outcome, Run, format_id
+from eventflow.runs.run import (
+    Completed,
+    Failed,
+    Interrupted,
+    NeedsAttention,
+    Outcome,
+    Run,
+)
 from eventflow.sdk.flow import Flow
 from eventflow.sdk.task import TaskCall
+from eventflow.serialization.blobs import OFFLOAD_BYTES
 from eventflow.store.protocol import Appended, Arrival, Fenced, Settle, Settled
 
 LONG_JOURNAL = 10_000
@@ -73,18 +78,6 @@ LOG_EVENTS = {
 }
 
 
-class RunningCall(msgspec.Struct, frozen=True, gc=False):
-    """An attempt that executes or waits for a slot, seen from outside. `after` as in the journal;
-    `waited` and `took` in microseconds until now; `took` is None while it waits for a slot.
-    """
-
-    call_key: str
-    attempt: int
-    after: int
-    waited: int
-    took: int | None
-
-
 OnSettled = Callable[["Execution", Outcome, Settled | Fenced | StoreError], None]
 
 
@@ -96,37 +89,16 @@ class Execution(FlowCalls):
         services: WorkerServices,
         run: Run,
         flow: Flow[..., Any],
-        journal: Journal,
+        journal: Journal | None,
         on_settled: OnSettled,
     ) -> None:
-        began_at = services.clock.now()
-        self.services = services
-        self.run = run
-        self.flow = flow
-        self.run_id = format_id(run.id)
-        self.run_end = RunEnd(services, flow, journal)
-        self.loop = FlowLoop(self, services.loop, run.id)
-        self.log_context = LogContext(
-            run.id, flow.name, run.event, logs=services.logs, replaying=self._is_replaying
-        )
-        self.pending = PendingCalls(journal, began_at, is_suspect=run.crash_suspect)
-        self.writer = JournalWriter(services, run, self._on_appended)
-        self.attempts = Attempts(
-            services,
-            run,
-            self.run_id,
-            self.loop,
-            self.log_context,
-            self.writer,
-            self.run_end,
-            self.carry_out,
-        )
-        self.suspension = Suspension(services, flow.options, self.pending, self._rest)
+        """`journal`: None where nothing is recorded yet."""
         self._on_settled = on_settled
         self.has_flow_slot = True
         """Whether it counts for its flow's `concurrency`."""
         self._awaits_flow_slot = False
         self.root: FlowTask | None = None
+        super().__init__(services, run, flow, journal)
 
     # ----------------------------------------------------------------- stepping the flow (LoopHost)
 
@@ -141,16 +113,17 @@ class Execution(FlowCalls):
         except BaseException as error:  # the arguments cannot be bound, or a user's class raised
             self._settle(Failed(self.run_end.encode_error(error)))
             return
-        journal = self.pending.journal
-        path = f"~{journal.generation}/" if journal.generation else ""
+        generation = self.pending.journal.generation if self.has_parts else 0
+        path = f"~{generation}/" if generation else ""
         self.root = self.loop.create_root_task(coro, context, path)
         if self.flow.options.timeout is not None:
             self.suspension.begin_count()
-        for signal in self.run_end.initial_signals(self.run, self.pending.now):
-            self._request(signal)
+        if self.has_parts:
+            for signal in self.run_end.initial_signals(self.run, self.pending.now):
+                self.request(signal)
         if self.run.cancel_requested:
             self.cancel(self.run.cancel_reason or "cancel requested")
-        self.step()
+        self.guarded(self.loop.run_ready)
 
     def step(self) -> None:
         """Takes every step that the flow can take now."""
@@ -200,8 +173,10 @@ class Execution(FlowCalls):
 
     def on_parked(self) -> bool:
         """The one place where the outside reaches the flow. True: it has steps to take again."""
-        end = self.run_end
         root = self.root
+        if not self.has_parts and root is not None and root.done() and self._settle_at_once(root):
+            return False
+        end = self.run_end
         if end.outcome is None and root is not None and root.done():
             end.outcome = end.flow_outcome(root, self.run_id, self.wake)
             if end.outcome is None:  # a large result is being stored, which may take a while
@@ -231,7 +206,7 @@ class Execution(FlowCalls):
         self.start_new()
         if self.pending.answers:  # of a body that ended in its first step
             return True
-        self._rest()
+        self.rest()
         return False
 
     def on_busy_loop(self) -> None:
@@ -269,7 +244,7 @@ class Execution(FlowCalls):
                 emissions = [self.emission(call) for call in calls]
             writer.commit_uncommitted(emissions)
 
-    def _rest(self, recheck: bool = False) -> None:
+    def rest(self, recheck: bool = False) -> None:
         """Parked, with nothing to deliver and nothing to start: an idle run gives up its slot, and
         in time its memory. `recheck`: called by a timer of `Suspension`.
         """
@@ -384,7 +359,7 @@ class Execution(FlowCalls):
             return
         elif self.has_flow_slot:
             self.attempts.launch(target)
-            self._rest()
+            self.rest()
         else:
             self.pending.unstarted.append(target)
             self.wake()
@@ -392,7 +367,7 @@ class Execution(FlowCalls):
     # ----------------------------------------------------------------- from the store and the
     # worker
 
-    def _on_appended(self, reply: Reply) -> None:
+    def on_appended(self, reply: Reply) -> None:
         if isinstance(reply, Appended):
             for entry in reply.entries:
                 self.guarded(self.on_durable, entry)
@@ -411,22 +386,6 @@ class Execution(FlowCalls):
             self.carry_out(action)
         if entry.kind is not Kind.FAILED or not self.attempts.running:
             self.wake()  # else the flow has nothing to receive, and the run does not rest
-
-    def running_calls(self) -> list[RunningCall]:
-        """The attempts under way, in the order of their calls. From any thread."""
-        now = self.services.clock.monotonic()
-        found: list[RunningCall] = []
-        for call in list(self.pending.waiting.values()):
-            if not isinstance(call, TaskCall) or not call.is_running:
-                continue
-            times = call.times
-            began = times.began_at
-            asked = times.asked_at if times.asked_at is not None else began or now
-            after = 0 if times.after is None else times.after.batch
-            waited = int(((began or now) - asked) * SECOND)
-            took = None if began is None else int((now - began) * SECOND)
-            found.append(RunningCall(call.call_key, call.attempt, after, waited, took))
-        return found
 
     def cancel(self, reason: str) -> None:
         """Records a cancel, which is then delivered in its turn."""
@@ -481,6 +440,29 @@ class Execution(FlowCalls):
         op = Settle(run.id, run.token, outcome, to_parent, run.parent, uncommitted)
         services.posts.post(op, partial(self._on_settled, self, outcome))
 
+    def _settle_at_once(self, root: FlowTask) -> bool:
+        """Settles a run that has made none of its parts. False: its result needs them."""
+        if root.cancelled() or root.exception() is not None or len(self.loop.unfinished_tasks()):
+            return False
+        try:
+            codec, data = self.flow.result.encode(root.result())
+        except BaseException:  # it is encoded again, and the error is the outcome
+            return False
+        if len(data) > OFFLOAD_BYTES:
+            return False
+        run = self.run
+        services = self.services
+        outcome = self.settled_as = Completed(data, codec)
+        self.loop.close()
+        self.log_context.close()
+        services.limits.slots.begin_commit(holds_slot=True)
+        to_parent = answer_to_parent(run, self.run_id, outcome)
+        entries = (self.first_call,) if isinstance(self.first_call, Entry) else ()
+        op = Settle(run.id, run.token, outcome, to_parent, run.parent, entries)
+        services.posts.post(op, partial(self._on_settled, self, outcome))
+        self.detach()
+        return True
+
     def close(self) -> None:
         """Cancels bodies and timers, closes the flow's coroutines, releases the slot. Idempotent.
 
@@ -505,4 +487,7 @@ class Execution(FlowCalls):
         self.loop.host = DETACHED_HOST
         self.log_context.replaying = None
         self.root = None
-        del self.writer, self.attempts, self.suspension
+        if self.has_parts:
+            del self.writer, self.attempts, self.suspension
+        else:
+            self.loop = SETTLED_LOOP

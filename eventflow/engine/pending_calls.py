@@ -183,6 +183,12 @@ class PendingCalls:
         self.last_delivered = taken[-1][2]
         return taken
 
+    def note_delivered(self, entry: Entry) -> None:
+        """The flow has received the value of its first call, before these calls were kept."""
+        self.last_delivered = entry
+        self.now = entry.at
+        self._now_is_recorded = True
+
     def is_only(self, call_key: str) -> bool:
         """Whether the run waits for this call alone (its timeout aside), with nothing left to
         deliver or to start.

@@ -22,10 +22,11 @@ from eventflow.core.errors import StoreError, error_line
 from eventflow.core.threads import DaemonThreads
 from eventflow.engine.claimer import Claimer
 from eventflow.engine.durations import Durations
-from eventflow.engine.execution import Execution, RunningCall
+from eventflow.engine.execution import Execution
 from eventflow.engine.limits import RunQueues, WorkerLimits
 from eventflow.engine.outcomes import Outcomes
 from eventflow.engine.run_end import answer_to_parent
+from eventflow.engine.run_parts import RunningCall
 from eventflow.engine.worker_services import DerivedWork, WorkerServices
 from eventflow.logs.log import LogReceiver, get_logger
 from eventflow.routing.router import Router
@@ -327,8 +328,9 @@ class Worker:
             )
             self._end(run, NeedsAttention(reason))
             return
+        journal = Journal(entries) if entries or run.token > 1 or run.crash_suspect else None
         try:
-            execution = Execution(self._services, run, flow, Journal(entries), self._on_settled)
+            execution = Execution(self._services, run, flow, journal, self._on_settled)
         except BaseException as fault:  # of this run: the others continue
             self._end(run, NeedsAttention(f"it cannot be started: {error_line(fault)}"))
             return

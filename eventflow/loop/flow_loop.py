@@ -227,6 +227,8 @@ class HostedLoop(asyncio.AbstractEventLoop):
 
     unjournaled_awaits = 0
     """Awaits under way whose results are not journaled (`asyncio.to_thread` in a flow body)."""
+    is_stepping = False
+    """Whether flow code, or a body that began in a step of it, is executing."""
 
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop) -> None:
         self.host = host
@@ -237,6 +239,48 @@ class HostedLoop(asyncio.AbstractEventLoop):
 
     def enqueue(self, handle: asyncio.Handle) -> None:
         raise NotImplementedError
+
+    def finalize(self, dropped: AsyncGenerator[Any, Any]) -> None:
+        raise NotImplementedError
+
+    # ----------------------------------------------------------------- the running loop
+
+    def as_running(self, step: Callable[..., T], *args: Any) -> T:
+        """Runs `step` with this loop as the running one, also for async generators that flow code
+        drops.
+        """
+        outer = self._outer if self._outer.is_running() else None
+        hooks = self._outer_hooks = sys.get_asyncgen_hooks()
+        events._set_running_loop(self)
+        sys.set_asyncgen_hooks(None, self.finalize)
+        self.is_stepping = True
+        try:
+            return step(*args)
+        finally:
+            self.is_stepping = False
+            sys.set_asyncgen_hooks(*hooks)
+            events._set_running_loop(outer)
+
+    def run_outside(self, step: Callable[..., T], *args: Any) -> T:
+        """Runs `step` with the host's loop as the running one, in the middle of a step of this
+        loop.
+        """
+        task = asyncio.current_task(self)
+        asyncio._leave_task(self, task)  # pyright: ignore
+        events._set_running_loop(self._outer)
+        sys.set_asyncgen_hooks(*self._outer_hooks)
+        try:
+            return step(*args)
+        finally:
+            sys.set_asyncgen_hooks(None, self.finalize)
+            events._set_running_loop(self)
+            asyncio._enter_task(self, task)  # pyright: ignore
+
+    def is_current(self) -> bool:
+        """Whether the caller is flow code, in this thread."""
+        return events._get_running_loop() is self
+
+    # ----------------------------------------------------------------- time
 
     def time(self) -> float:
         return self.host.read_now() / SECOND
@@ -353,8 +397,6 @@ class FlowLoop(HostedLoop):
     _rounds = 0
     _pumping = False
     _closed = False
-    is_stepping = False
-    """Whether flow code, or a body that began in a step of it, is executing."""
 
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
         self.host = host
@@ -397,7 +439,7 @@ class FlowLoop(HostedLoop):
         try:
             while steps_left > 0:
                 if self._ready or self._unordered:
-                    steps_left = self._as_running(self._take_steps, steps_left)
+                    steps_left = self.as_running(self._take_steps, steps_left)
                 if self._rounds >= BUSY_LOOP_ROUNDS:
                     self._rounds = 0
                     self.host.on_busy_loop()
@@ -409,37 +451,6 @@ class FlowLoop(HostedLoop):
         finally:
             self._pumping = False
         self.host.wake()
-
-    def _as_running(self, step: Callable[..., T], *args: Any) -> T:
-        """Runs `step` with this loop as the running one, also for async generators that flow code
-        drops.
-        """
-        outer = self._outer if self._outer.is_running() else None
-        hooks = self._outer_hooks = sys.get_asyncgen_hooks()
-        events._set_running_loop(self)
-        sys.set_asyncgen_hooks(None, self._finalize)
-        self.is_stepping = True
-        try:
-            return step(*args)
-        finally:
-            self.is_stepping = False
-            sys.set_asyncgen_hooks(*hooks)
-            events._set_running_loop(outer)
-
-    def run_outside(self, step: Callable[..., T], *args: Any) -> T:
-        """Runs `step` with the host's loop as the running one, in the middle of a step of this
-        loop.
-        """
-        task = asyncio.current_task(self)
-        asyncio._leave_task(self, task)  # pyright: ignore
-        events._set_running_loop(self._outer)
-        sys.set_asyncgen_hooks(*self._outer_hooks)
-        try:
-            return step(*args)
-        finally:
-            sys.set_asyncgen_hooks(None, self._finalize)
-            events._set_running_loop(self)
-            asyncio._enter_task(self, task)  # pyright: ignore
 
     def _take_steps(self, limit: int) -> int:
         """Takes the steps that are ready, and those that they make ready, up to the limit; returns
@@ -462,16 +473,12 @@ class FlowLoop(HostedLoop):
                     continue  # `sys.exit()` in a flow: held by its task, not for our loop
         return limit
 
-    def _finalize(self, dropped: AsyncGenerator[Any, Any]) -> None:
+    def finalize(self, dropped: AsyncGenerator[Any, Any]) -> None:
         """Closes an async generator that flow code dropped half-way, in the step that
         dropped it.
         """
         if self.is_current():
             self.create_task(dropped.aclose())
-
-    def is_current(self) -> bool:
-        """Whether the caller is flow code, in this thread."""
-        return events._get_running_loop() is self
 
     def is_parked_but_for(self, task: FlowTask | None) -> bool:
         """Whether no step is left once the current one, which is of `task`, has ended: the flow has
@@ -504,7 +511,7 @@ class FlowLoop(HostedLoop):
             left = tuple(unfinished)  # closing them may make new tasks
             self._pumping = True
             try:
-                self._as_running(_close_all, left)
+                self.as_running(_close_all, left)
             finally:
                 self._pumping = False
         self._closed = True

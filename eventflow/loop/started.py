@@ -5,68 +5,126 @@ the coroutine never waits. Python 3.12 has `eager_start` for this; this module s
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import Context
-from typing import Any
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+
+
+def run_as_task(
+    task: "asyncio.Task[Any]",
+    loop: asyncio.AbstractEventLoop,
+    context: Context,
+    step: Callable[..., T],
+    *args: Any,
+) -> T:
+    """Calls `step` as a step of `task`, which has not begun, in its context.
+
+    `loop` is the running loop, and no other task of it takes a step.
+    """
+    asyncio._enter_task(loop, task)  # pyright: ignore
+    try:
+        return context.run(step, *args)
+    finally:
+        asyncio._leave_task(loop, task)  # pyright: ignore
 
 
 class StartedCoroutine(Coroutine[Any, Any, Any]):
-    """Hand it to a task, call `start` in the same turn of the loop, and the task does the rest.
-
-    `start` runs as a step of that task: `asyncio.current_task()` is the task, and a cancel of it
-    reaches the coroutine where it waits. The caller sees to the running loop, and must not be in a
-    step of another task of the loop.
+    """Goes on with a coroutine from where `take_first_step` left it, for who awaits this object or
+    makes a task of it. A coroutine that has ended returns or raises then what it ended with.
     """
 
-    __slots__ = ("_coro", "_has_ended", "_waits_for")
+    __slots__ = ("_coro", "_error", "_is_waiting", "_value", "context", "has_ended")
 
-    def __init__(self, coro: Coroutine[Any, Any, Any]) -> None:
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        """The context of the task."""
+        self.has_ended = False
+        self._coro: Coroutine[Any, Any, Any] | None = None
+        self._value: Any = None  # returned, or what the coroutine waits for after its first step
+        self._error: BaseException | None = None
+        self._is_waiting = False
+
+    def take_first_step(self, coro: Coroutine[Any, Any, Any]) -> None:
+        """Never raises."""
         self._coro = coro
-        self._has_ended = False
-        self._waits_for: Any = None
-
-    def start(
-        self, task: "asyncio.Task[Any]", loop: asyncio.AbstractEventLoop, context: Context
-    ) -> None:
-        """Takes the first step in `context`, which is that of the task, too. What the coroutine
-        raises is raised here.
-        """
-        asyncio._enter_task(loop, task)  # pyright: ignore
         try:
-            self._waits_for = context.run(self._coro.send, None)
-        except StopIteration:
-            self._has_ended = True
-        except BaseException:
-            self._has_ended = True
-            raise
-        finally:
-            asyncio._leave_task(loop, task)  # pyright: ignore
+            self._value = coro.send(None)
+            self._is_waiting = True
+        except StopIteration as stop:
+            self.has_ended = True
+            self._value = stop.value
+        except BaseException as error:
+            self.fail(error)
+
+    def follow(self, coro: Coroutine[Any, Any, Any]) -> None:
+        """Takes the first step when the task does."""
+        self._coro = coro
+
+    def end(self) -> None:
+        """There is nothing to do for the task."""
+        self.has_ended = True
+
+    def fail(self, error: BaseException) -> None:
+        self.has_ended = True
+        self._error = error
+
+    @property
+    def has_value(self) -> bool:
+        """Whether it has returned."""
+        return self.has_ended and self._error is None
+
+    @property
+    def value(self) -> Any:
+        """What it has returned."""
+        return self._value
 
     # ----------------------------------------------------------------- called by the task
 
     def send(self, value: Any) -> Any:
-        if self._has_ended:
-            raise StopIteration
-        if (waits_for := self._waits_for) is not None:
-            self._waits_for = None
+        if self.has_ended:
+            self._finish()
+        if self._is_waiting:
+            self._is_waiting = False
+            waits_for = self._value
+            self._value = None
             return waits_for
+        assert self._coro is not None
         return self._coro.send(value)
 
+    def _finish(self) -> None:
+        if (error := self._error) is None:
+            raise StopIteration(self._value)
+        self._error = None
+        try:
+            raise error
+        finally:  # breaks a cycle: the error refers to this frame
+            del error
+
     def throw(self, *error: Any) -> Any:
-        if self._has_ended:
-            raise StopIteration
-        waits_for = self._waits_for
-        self._waits_for = None
-        # Cancelled before the task could wait: asyncio cancels what a task waits for.
-        if isinstance(waits_for, asyncio.Future) and waits_for.cancel():
-            return waits_for
+        if self.has_ended or self._coro is None:
+            self._finish()
+        if self._is_waiting:
+            waits_for: asyncio.Future[Any] | None = self.send(None)
+            # Cancelled before the task could wait: asyncio cancels what a task waits for.
+            if isinstance(waits_for, asyncio.Future) and waits_for.cancel():
+                return waits_for
+        assert self._coro is not None
         return self._coro.throw(*error)
 
     def close(self) -> None:
-        self._coro.close()
+        if self._coro is not None:
+            self._coro.close()
 
-    def __await__(self) -> Any:
-        return self._coro.__await__()
+    def __await__(self) -> Self:
+        return self
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
 
     def __getattr__(self, name: str) -> Any:
         """`cr_frame`, `__qualname__` and the like, for those who describe a task."""

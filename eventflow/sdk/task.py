@@ -187,6 +187,7 @@ class TaskCall(msgspec.Struct, eq=False):
     failed_attempts: int = 0  # since the last manual retry; for Retry.attempts
     since: Moment | None = None  # from which the next attempt's due time was computed
     is_running: bool = False  # whether a body is executing
+    first_step: Any = None  # of a body that began before its attempt
     thread: Any = None  # where a plain `def` body runs
     times: CallTimes = msgspec.field(default_factory=CallTimes)
 
@@ -218,6 +219,10 @@ class Task(Generic[P, R]):
         self.name = options.name
         self.identity = (options.name, fn.__module__, fn.__qualname__)
         self.is_async = inspect.iscoroutinefunction(fn)
+        self.is_plain = self.is_async and not (
+            options.timeout or options.concurrency or options.on_success
+        )
+        """Whether a body needs nothing but the loop."""
         self._codec_name = codec
         signature = inspect.signature(fn)
         plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

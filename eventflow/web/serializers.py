@@ -14,7 +14,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import in_seconds
-from eventflow.engine.execution import RunningCall
+from eventflow.engine.run_parts import RunningCall
 from eventflow.events.event import HasGauges, Trigger, gauge_totals
 from eventflow.logs.log import format_timestamp
 from eventflow.logs.redaction import SECRETS

@@ -1,0 +1,145 @@
+"""What one run in memory is made of.
+
+Most runs have one event and one task whose body does not wait. Such a run needs its flow's loop and
+one recorded value. The other parts are made when the first of them is asked for: by a flow that
+waits, makes a second call, sets a timer or fails, or from outside by a cancel.
+"""
+
+from abc import ABC, abstractmethod
+from asyncio import AbstractEventLoop
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from eventflow.core.clock import SECOND
+from eventflow.engine.actions import Action
+from eventflow.engine.attempts import Attempts
+from eventflow.engine.journal_writer import JournalWriter, Reply
+from eventflow.engine.pending_calls import PendingCalls
+from eventflow.engine.run_end import RunEnd
+from eventflow.engine.suspension import Suspension
+from eventflow.engine.worker_services import WorkerServices
+from eventflow.logs.log import LogContext
+from eventflow.loop.flow_loop import DETACHED_HOST, FlowLoop, LoopHost
+from eventflow.runs.journal import Entry, Journal
+from eventflow.runs.run import Outcome, Run, format_id
+from eventflow.sdk.flow import Flow
+from eventflow.sdk.task import TaskCall
+
+PARTS = frozenset({"run_end", "pending", "writer", "attempts", "suspension"})
+MAKES_ALL_PARTS = False
+"""Whether each run makes all parts at its start: tests compare both ways."""
+
+SETTLED_LOOP = FlowLoop(DETACHED_HOST, AbstractEventLoop())
+"""In place of the loops of settled runs, which are freed before the store has replied."""
+SETTLED_LOOP.close()
+
+
+class RunningCall(msgspec.Struct, frozen=True, gc=False):
+    """An attempt that executes or waits for a slot, seen from outside. `after` as in the journal;
+    `waited` and `took` in microseconds until now; `took` is None while it waits for a slot.
+    """
+
+    call_key: str
+    attempt: int
+    after: int
+    waited: int
+    took: int | None
+
+
+class RunParts(LoopHost, ABC):
+    """The parts of one run. `has_parts`: whether those of `PARTS` exist."""
+
+    run_end: RunEnd
+    pending: PendingCalls
+    writer: JournalWriter
+    attempts: Attempts
+    suspension: Suspension
+
+    def __init__(
+        self, services: WorkerServices, run: Run, flow: Flow[..., Any], journal: Journal | None
+    ) -> None:
+        self.services = services
+        self.run = run
+        self.flow = flow
+        self.run_id = format_id(run.id)
+        self.loop = FlowLoop(self, services.loop, run.id)
+        self.log_context = LogContext(
+            run.id, flow.name, run.event, logs=services.logs, replaying=self.is_replaying
+        )
+        self.began_at = services.clock.now()
+        self.has_parts = False
+        self.first_call: TaskCall | Entry | None = None
+        """While there are no parts: the call whose body takes its first step now; then the value of
+        it, which the flow has received.
+        """
+        self.settled_as: Outcome | None = None
+        """How the run was settled without parts."""
+        if journal is not None or MAKES_ALL_PARTS:
+            self._make_parts(journal or Journal())
+
+    if not TYPE_CHECKING:  # the type checker knows the attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """Called for attributes that do not exist."""
+            if name not in PARTS or self.has_parts:
+                raise AttributeError(f"the run has no {name!r}: expected one of its parts")
+            self._make_parts(Journal())
+            return getattr(self, name)
+
+    def _make_parts(self, journal: Journal) -> None:
+        self.has_parts = True
+        services = self.services
+        run = self.run
+        self.run_end = RunEnd(services, self.flow, journal)
+        self.pending = PendingCalls(journal, self.began_at, is_suspect=run.crash_suspect)
+        self.writer = JournalWriter(services, run, self.on_appended)
+        self.attempts = Attempts(
+            services,
+            run,
+            self.run_id,
+            self.loop,
+            self.log_context,
+            self.writer,
+            self.run_end,
+            self.carry_out,
+        )
+        self.suspension = Suspension(services, self.flow.options, self.pending, self.rest)
+        if isinstance(entry := self.first_call, Entry):
+            self.writer.keep_uncommitted(entry)
+            self.pending.note_delivered(entry)
+        if self.settled_as is not None:
+            self.run_end.outcome = self.settled_as
+            self.run_end.is_closed = True
+
+    @abstractmethod
+    def carry_out(self, action: Action) -> None: ...
+
+    @abstractmethod
+    def on_appended(self, reply: Reply) -> None: ...
+
+    @abstractmethod
+    def rest(self, recheck: bool = False) -> None: ...
+
+    def is_replaying(self) -> bool:
+        """Whether the flow's log lines repeat those of an earlier execution, or will be repeated by
+        a later one.
+        """
+        return self.has_parts and (self.pending.is_replaying or self.run_end.will_resume)
+
+    def running_calls(self) -> list[RunningCall]:
+        """The attempts under way, in the order of their calls. From any thread."""
+        now = self.services.clock.monotonic()
+        found: list[RunningCall] = []
+        waiting = list(self.pending.waiting.values()) if self.has_parts else [self.first_call]
+        for call in waiting:
+            if not isinstance(call, TaskCall) or not call.is_running:
+                continue
+            times = call.times
+            began = times.began_at
+            asked = times.asked_at if times.asked_at is not None else began or now
+            after = 0 if times.after is None else times.after.batch
+            waited = int(((began or now) - asked) * SECOND)
+            took = None if began is None else int((now - began) * SECOND)
+            found.append(RunningCall(call.call_key, call.attempt, after, waited, took))
+        return found
