@@ -442,7 +442,7 @@ class Execution(FlowCalls):
 
     def _settle_at_once(self, root: FlowTask) -> bool:
         """Settles a run that has made none of its parts. False: its result needs them."""
-        if root.cancelled() or root.exception() is not None or len(self.loop.unfinished_tasks()):
+        if self.loop.has_made_tasks or root.cancelled() or root.exception() is not None:
             return False
         try:
             codec, data = self.flow.result.encode(root.result())

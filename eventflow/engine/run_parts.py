@@ -7,7 +7,7 @@ waits, makes a second call, sets a timer or fails, or from outside by a cancel.
 
 from abc import ABC, abstractmethod
 from asyncio import AbstractEventLoop
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -26,7 +26,8 @@ from eventflow.runs.run import Outcome, Run, format_id
 from eventflow.sdk.flow import Flow
 from eventflow.sdk.task import TaskCall
 
-PARTS = frozenset({"run_end", "pending", "writer", "attempts", "suspension"})
+T = TypeVar("T")
+
 MAKES_ALL_PARTS = False
 """Whether each run makes all parts at its start: tests compare both ways."""
 
@@ -47,14 +48,28 @@ class RunningCall(msgspec.Struct, frozen=True, gc=False):
     took: int | None
 
 
-class RunParts(LoopHost, ABC):
-    """The parts of one run. `has_parts`: whether those of `PARTS` exist."""
+class Part(Generic[T]):
+    """An attribute of RunParts that `make_parts` sets, when the first of them is read."""
 
-    run_end: RunEnd
-    pending: PendingCalls
-    writer: JournalWriter
-    attempts: Attempts
-    suspension: Suspension
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: "RunParts", owner: type) -> T:
+        """Called while the instance has no attribute of the name."""
+        if run.has_parts:
+            raise AttributeError(f"{self._name}: expected to be used before the end of the run")
+        run.make_parts(Journal())
+        return vars(run)[self._name]
+
+
+class RunParts(LoopHost, ABC):
+    """The parts of one run. `has_parts`: whether each `Part` has been made."""
+
+    run_end = Part[RunEnd]()
+    pending = Part[PendingCalls]()
+    writer = Part[JournalWriter]()
+    attempts = Part[Attempts]()
+    suspension = Part[Suspension]()
 
     def __init__(
         self, services: WorkerServices, run: Run, flow: Flow[..., Any], journal: Journal | None
@@ -76,41 +91,38 @@ class RunParts(LoopHost, ABC):
         self.settled_as: Outcome | None = None
         """How the run was settled without parts."""
         if journal is not None or MAKES_ALL_PARTS:
-            self._make_parts(journal or Journal())
+            self.make_parts(journal or Journal())
 
-    if not TYPE_CHECKING:  # the type checker knows the attributes
-
-        def __getattr__(self, name: str) -> Any:
-            """Called for attributes that do not exist."""
-            if name not in PARTS or self.has_parts:
-                raise AttributeError(f"the run has no {name!r}: expected one of its parts")
-            self._make_parts(Journal())
-            return getattr(self, name)
-
-    def _make_parts(self, journal: Journal) -> None:
+    def make_parts(self, journal: Journal) -> None:
+        """Makes the parts, around what has happened without them."""
         self.has_parts = True
         services = self.services
         run = self.run
-        self.run_end = RunEnd(services, self.flow, journal)
-        self.pending = PendingCalls(journal, self.began_at, is_suspect=run.crash_suspect)
-        self.writer = JournalWriter(services, run, self.on_appended)
-        self.attempts = Attempts(
-            services,
-            run,
-            self.run_id,
-            self.loop,
-            self.log_context,
-            self.writer,
-            self.run_end,
-            self.carry_out,
+        run_end = RunEnd(services, self.flow, journal)
+        pending = PendingCalls(journal, self.began_at, is_suspect=run.crash_suspect)
+        writer = JournalWriter(services, run, self.on_appended)
+        vars(self).update(
+            run_end=run_end,
+            pending=pending,
+            writer=writer,
+            attempts=Attempts(
+                services,
+                run,
+                self.run_id,
+                self.loop,
+                self.log_context,
+                writer,
+                run_end,
+                self.carry_out,
+            ),
+            suspension=Suspension(services, self.flow.options, pending, self.rest),
         )
-        self.suspension = Suspension(services, self.flow.options, self.pending, self.rest)
         if isinstance(entry := self.first_call, Entry):
-            self.writer.keep_uncommitted(entry)
-            self.pending.note_delivered(entry)
+            writer.keep_uncommitted(entry)
+            pending.note_delivered(entry)
         if self.settled_as is not None:
-            self.run_end.outcome = self.settled_as
-            self.run_end.is_closed = True
+            run_end.outcome = self.settled_as
+            run_end.is_closed = True
 
     @abstractmethod
     def carry_out(self, action: Action) -> None: ...

@@ -485,12 +485,17 @@ class FlowLoop(HostedLoop):
         made no other task, and no callback is ready.
         """
         return (
-            len(self._tasks) == 1
+            not self.has_made_tasks
             and not self._ready
             and not self._unordered
             and self.is_current()
             and asyncio.current_task(self) is task
         )
+
+    @property
+    def has_made_tasks(self) -> bool:
+        """Whether flow code has made tasks, apart from the first one, which have not been swept."""
+        return len(self._tasks) > 1
 
     def is_ready(self) -> bool:
         """Whether steps are left: `run_ready` stopped to let the worker's loop run."""
