@@ -48,7 +48,7 @@ class RunningCall(msgspec.Struct, frozen=True, gc=False):
     took: int | None
 
 
-class Part(Generic[T]):
+class RunPart(Generic[T]):
     """An attribute of RunParts that `make_parts` sets, when the first of them is read."""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -63,13 +63,13 @@ class Part(Generic[T]):
 
 
 class RunParts(LoopHost, ABC):
-    """The parts of one run. `has_parts`: whether each `Part` has been made."""
+    """The parts of one run. `has_parts`: whether each `RunPart` has been made."""
 
-    run_end = Part[RunEnd]()
-    pending = Part[PendingCalls]()
-    writer = Part[JournalWriter]()
-    attempts = Part[Attempts]()
-    suspension = Part[Suspension]()
+    run_end = RunPart[RunEnd]()
+    pending = RunPart[PendingCalls]()
+    writer = RunPart[JournalWriter]()
+    attempts = RunPart[Attempts]()
+    suspension = RunPart[Suspension]()
 
     def __init__(
         self, services: WorkerServices, run: Run, flow: Flow[..., Any], journal: Journal | None
