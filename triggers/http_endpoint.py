@@ -185,7 +185,8 @@ class Endpoint:
             raise self._unavailable(body_unread=True)
         headers, repeated = read_headers(scope["headers"])
         body = await self._read_body(receive, headers, repeated)
-        headers.pop("content-encoding", None)  # the body is unpacked, also in a dead letter
+        if "content-encoding" in headers:  # the body is unpacked, also in a dead letter
+            del headers["content-encoding"]
         return await self._handle(headers, repeated, body)
 
     def _enforce_rate_limit(self, scope: Scope) -> None:

@@ -97,7 +97,9 @@ async def read_body(
 
 def encoding(headers: Mapping[str, str]) -> str:
     """The Content-Encoding in lower case: `""` for none, `"gzip"` also for its other name."""
-    named = headers.get("content-encoding", "").strip().lower()
+    if "content-encoding" not in headers:
+        return ""
+    named = headers["content-encoding"].strip().lower()
     return {"identity": "", "x-gzip": "gzip"}.get(named, named)
 
 

@@ -43,9 +43,10 @@ from triggers.signatures import Vendor, Verify
 MAX_ID_LENGTH = 1024
 """Characters of an event id."""
 
+_CLOUDEVENT_ID = ("ce-source", "ce-id")  # an id is unique within its source only
 ID_HEADERS = (
     ("webhook-id",),
-    ("ce-source", "ce-id"),  # an id is unique within its source only
+    _CLOUDEVENT_ID,
     ("ce-id",),
     ("x-github-delivery",),
     ("idempotency-key",),
@@ -131,7 +132,8 @@ class Webhook(Endpoint):
         self._success_status: int = success_status
 
     async def _handle(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
-        if not _is_acceptable(self._content, headers):
+        media = media_type(headers)
+        if not _is_acceptable(self._content, media, headers):
             raise await self._dead_letter(
                 headers,
                 repeated,
@@ -139,18 +141,20 @@ class Webhook(Endpoint):
                 RequestRejected(415, "unsupported_type", _EXPECTED[self._content]),
             )
         try:
-            events = self._events(headers, repeated, body)
+            events = self._events(headers, media, repeated, body)
         except ValueError as error:
             raise await self._dead_letter(headers, repeated, body, unreadable(error)) from None
         if isinstance(events, Reply):
             return events
         receipts = await self._accept(events) if events else []
-        return self._reply_to(receipts, batch=media_type(headers) == BATCH)
+        return self._reply_to(receipts, batch=media == BATCH)
 
-    def _events(self, headers: Headers, repeated: set[str], body: bytes) -> list[Event] | Reply:
+    def _events(
+        self, headers: Headers, media: str, repeated: set[str], body: bytes
+    ) -> list[Event] | Reply:
         """The events of a body, or the reply to a handshake. ValueError if it cannot be read."""
         vendor = self._verify.vendor
-        if self._content == "json" and vendor.cloudevents and is_cloudevent(headers):
+        if self._content == "json" and vendor.cloudevents and is_cloudevent(headers, media):
             return self._cloudevents(headers, repeated, body)
         data = _parse_body(self._content, headers, body, self._limits.max_keys)
         for name in vendor.delivery_fields:
@@ -164,15 +168,15 @@ class Webhook(Endpoint):
             source=self._source,
             type=self._type or _vendor_type(vendor, headers, data) or "webhook.received",
             data=data,
-            datacontenttype=self._datacontenttype(headers),
+            datacontenttype=self._datacontenttype(headers, media),
             extensions={name: headers[header] for header, name in self._keep if header in headers},
         )
         return [event]
 
-    def _datacontenttype(self, headers: Headers) -> str | None:
+    def _datacontenttype(self, headers: Headers, media: str) -> str | None:
         """The sender's content type, unless it calls JSON something else."""
         given = headers.get("content-type")
-        if self._content == "json" and not (given and is_json(media_type(headers))):
+        if self._content == "json" and not (given and is_json(media)):
             return "application/json"
         return given
 
@@ -233,13 +237,17 @@ class Webhook(Endpoint):
     # ------------------------------------------------------------------------- responses
 
     def _reply_to(self, receipts: Sequence[Receipt], *, batch: bool) -> Reply:
-        if any(receipt.conflict for receipt in receipts):
-            return self._conflict([receipt for receipt in receipts if receipt.conflict])
-        rows = [
-            {"id": one.id_text, "event_id": one.event_id, "duplicate": one.duplicate}
-            for one in receipts
-        ]
-        status = 200 if all(one.duplicate for one in receipts) else self._success_status
+        conflicts: list[Receipt] = []
+        rows: list[dict[str, Any]] = []
+        status = 200  # nothing is new
+        for one in receipts:
+            if one.conflict:
+                conflicts.append(one)
+            if not one.duplicate:
+                status = self._success_status
+            rows.append({"id": one.id_text, "event_id": one.event_id, "duplicate": one.duplicate})
+        if conflicts:
+            return self._conflict(conflicts)
         return Reply(status, orjson.dumps(rows if batch else rows[0]))
 
     def _conflict(self, receipts: Sequence[Receipt]) -> Reply:
@@ -268,14 +276,13 @@ _EXPECTED = {
 }
 
 
-def _is_acceptable(content: str, headers: Headers) -> bool:
+def _is_acceptable(content: str, media: str, headers: Headers) -> bool:
     """Whether the media type matches the option `content`."""
     match content:
         case "json":
-            media = media_type(headers)
             return is_json(media) or media == "text/plain" or "ce-specversion" in headers
         case "form":
-            return media_type(headers) in ("application/x-www-form-urlencoded", "")
+            return media in ("application/x-www-form-urlencoded", "")
         case _:
             return True
 
@@ -334,18 +341,25 @@ def _first_id(
 ) -> str | None:
     """The first id whose headers are all present; `Vendor` documents the form."""
     for names in ids:
-        parts = [body_id(body) if name == "body" else headers.get(name, "") for name in names]
-        if names == ("ce-source", "ce-id"):  # "/a" and "b/c" are not "/a/b" and "c"
-            parts[1] = parts[1].replace("%", "%25").replace("/", "%2F")
-        if all(parts):
-            if twice := next((name for name in names if name in repeated), None):
+        parts: list[str] = []
+        for name in names:
+            part = body_id(body) if name == "body" else headers.get(name)
+            if not part:
+                break
+            parts.append(part)
+        else:
+            if repeated and (twice := next((name for name in names if name in repeated), None)):
                 raise ValueError(f"{twice}: expected once, found it twice")
+            if names == _CLOUDEVENT_ID:  # "/a" and "b/c" are not "/a/b" and "c"
+                parts[1] = parts[1].replace("%", "%25").replace("/", "%2F")
             return "/".join(parts)
     return None
 
 
 def _vendor_type(vendor: Vendor, headers: Headers, data: Any) -> str | None:
     """The vendor's own event type, if it is a valid one."""
+    if not vendor.type_header and not vendor.type_fields:
+        return None
     name = headers.get(vendor.type_header) if vendor.type_header else None
     for path in vendor.type_fields:
         parts = [_id_text(_field_at(data, part)) for part in path.split("+")]

@@ -5,7 +5,6 @@ The memory of a request stays near its limit whatever the chunks; a sender that 
 """
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -44,10 +43,11 @@ async def read_http_body(
     Raises BodyRejected as soon as the declared or the counted size is over `max_bytes` or the time
     is over, ClientDisconnected when the sender left.
     """
-    if content_length and not re.fullmatch("[0-9]+", content_length):
-        raise BodyRejected(400, "bad_request", "Content-Length: expected digits")
-    if content_length and (len(content_length) > 15 or int(content_length) > max_bytes):
-        raise _too_large(max_bytes)
+    if content_length:
+        if not (content_length.isascii() and content_length.isdigit()):
+            raise BodyRejected(400, "bad_request", "Content-Length: expected digits")
+        if len(content_length) > 15 or int(content_length) > max_bytes:
+            raise _too_large(max_bytes)
     body = bytearray()
     start = asyncio.get_running_loop().time()
     try:

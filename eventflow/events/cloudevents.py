@@ -47,9 +47,13 @@ def parse_cloudevents(
             return [_binary(headers, body, max_keys)]
 
 
-def is_cloudevent(headers: Mapping[str, str]) -> bool:
-    """Whether a message is declared as CloudEvents, in any mode."""
-    return "ce-specversion" in headers or media_type(headers) in (STRUCTURED, BATCH)
+def is_cloudevent(headers: Mapping[str, str], media: str | None = None) -> bool:
+    """Whether a message is declared as CloudEvents, in any mode. `media`: its media type, if the
+    caller has it.
+    """
+    if media is None:
+        media = media_type(headers)
+    return "ce-specversion" in headers or media in (STRUCTURED, BATCH)
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -59,7 +63,10 @@ def media_type(headers: Mapping[str, str]) -> str:
 
 def charset(headers: Mapping[str, str]) -> str:
     """The charset that the Content-Type names, in lower case; empty if there is none."""
-    found = _CHARSET.search(headers.get("content-type", ""))
+    content_type = headers.get("content-type", "")
+    if ";" not in content_type:
+        return ""
+    found = _CHARSET.search(content_type)
     return found[1].lower() if found else ""
 
 

@@ -18,7 +18,6 @@ from hashlib import sha256
 from ipaddress import IPv6Address
 from typing import Any, Final
 
-from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
@@ -80,24 +79,24 @@ class Guard:
         self._rejections = RepeatedLines(_write_rejection)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        kind = scope["type"]
+        if kind == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] not in ("http", "websocket"):
+        if kind not in ("http", "websocket"):
             return
         try:
-            await self._answer(scope, receive, send)
+            endpoint = self._endpoints.get(route_path(scope)) if kind == "http" else None
+            if endpoint is None or self._draining() or self._unopened():
+                await self._answer(scope, receive, send)
+            else:
+                await endpoint(scope, receive, send)
         except BaseException as error:  # the server would answer 500 without a line in the log
-            if scope["type"] == "http" and scope.get(LOGGED_ERROR) is not error:
+            if kind == "http" and scope.get(LOGGED_ERROR) is not error:
                 await _answer_failed(scope, receive, send, error)
             raise
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            endpoint = self._endpoints.get(route_path(scope))
-            if endpoint is not None and not self._draining() and not self._unopened():
-                await endpoint(scope, receive, send)
-                return
         rejection = await self._reject(scope)
         if rejection is not None:
             self._rejections.add(
@@ -179,7 +178,7 @@ async def _answer_failed(scope: Scope, receive: Receive, send: Send, error: Base
 
 def endpoints_by_path(routes: Collection[BaseRoute]) -> dict[str, ASGIApp]:
     """The endpoints that are ASGI apps for all methods of one path without parameters, as those of
-    `triggers`; with the same answer as others to an error of our own. The first one has the path.
+    `triggers`. The first one has the path.
     """
     found: dict[str, ASGIApp] = {}
     for route in routes:
@@ -187,7 +186,7 @@ def endpoints_by_path(routes: Collection[BaseRoute]) -> dict[str, ASGIApp]:
             break  # routing asks the routes in order: it must ask this one, and those after it
         if route.app is not route.endpoint:
             break
-        found.setdefault(route.path, ServerErrorMiddleware(route.app, internal_error))
+        found.setdefault(route.path, route.app)
     return found
 
 
@@ -221,8 +220,8 @@ def constant_time_equal(given: str, required: str) -> bool:
 
 def route_path(scope: Scope) -> str:
     """The path relative to where this app is mounted."""
-    path = str(scope["path"])
-    root = str(scope.get("root_path", ""))
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
