@@ -16,31 +16,33 @@ MAX_SERIES = 2000
 class Durations:
     """One histogram for each `(name, outcome)`."""
 
-    __slots__ = ("_counts", "_sums")
+    __slots__ = ("_series",)
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], list[int]] = {}
-        self._sums: dict[tuple[str, str], float] = {}
+        # A count for each bucket, and the sum at the end.
+        self._series: dict[tuple[str, str], list[float]] = {}
 
     def observe(self, name: str, outcome: str, seconds: float) -> None:
-        key = (name, outcome)
-        counts = self._counts.get(key)
-        if counts is None:
-            if len(self._counts) >= MAX_SERIES:
-                return
-            self._sums[key] = 0.0
-            counts = self._counts[key] = [0] * (len(BOUNDS) + 1)
-        counts[bisect_left(BOUNDS, seconds)] += 1
-        self._sums[key] += seconds
+        series = self._series.get((name, outcome)) or self._new_series(name, outcome)
+        series[bisect_left(BOUNDS, seconds)] += 1
+        series[-1] += seconds
+
+    def _new_series(self, name: str, outcome: str) -> list[float]:
+        """One that nobody reads, if there are too many."""
+        series: list[float] = [0] * (len(BOUNDS) + 2)
+        if len(self._series) < MAX_SERIES:
+            self._series[name, outcome] = series
+        return series
 
     def read(self) -> Mapping[tuple[str, str], tuple[list[tuple[str, float]], float]]:
         """By name and outcome: the cumulative buckets as Prometheus wants them, and the sum."""
         found: dict[tuple[str, str], tuple[list[tuple[str, float]], float]] = {}
-        for key, counts in list(self._counts.items()):
-            total = 0
+        for key, series in list(self._series.items()):
+            *counts, seconds = series
+            total: float = 0
             buckets: list[tuple[str, float]] = []
-            for bound, count in zip((*map(str, BOUNDS), "+Inf"), list(counts), strict=True):
+            for bound, count in zip((*map(str, BOUNDS), "+Inf"), counts, strict=True):
                 total += count
                 buckets.append((bound, total))
-            found[key] = (buckets, self._sums[key])
+            found[key] = (buckets, seconds)
         return found

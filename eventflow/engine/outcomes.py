@@ -5,6 +5,7 @@ those who wait for it.
 recorded. On the worker's loop.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from eventflow.core.clock import SECOND, to_datetime
 from eventflow.engine.attempts import run_hook
 from eventflow.engine.execution import Execution
 from eventflow.engine.worker_services import WorkerServices
-from eventflow.logs.log import get_logger, log_context
+from eventflow.logs.log import get_logger
 from eventflow.runs.run import (
     Cancelled,
     Completed,
@@ -58,9 +59,7 @@ class Outcomes:
 
     def on_settled(self, execution: Execution, outcome: Outcome, at: int) -> None:
         """`at`: when the outcome was recorded, microseconds."""
-        token = log_context.set(execution.log_context)
         _log(execution, outcome, at)
-        log_context.reset(token)
         if (state := _ENDS.get(type(outcome))) is not None:
             run = execution.run
             seconds = (at - (run.started_at or run.created_at)) / SECOND
@@ -112,34 +111,34 @@ class Outcomes:
 
 
 def _log(execution: Execution, outcome: Outcome, at: int) -> None:
-    """Call it with the run's log context set: that adds the run's ids to the line."""
+    """The line has the run's ids."""
+    context = execution.log_context
     match outcome:
         case Completed():
-            log.info("run.completed", seconds=(at - execution.run.created_at) / SECOND)
+            seconds = (at - execution.run.created_at) / SECOND
+            log.log_line("run.completed", logging.INFO, {"seconds": seconds}, context)
         case Failed():
             error = orjson.loads(outcome.error)
-            log.error(
-                "run.failed",
-                error=error_summary(error),
-                at=raised_at(error),
-            )
+            fields = {"error": error_summary(error), "at": raised_at(error)}
+            log.log_line("run.failed", logging.ERROR, fields, context)
         case Retried(note):
             error = orjson.loads(note.error or b"{}")
             count = orjson.loads(note.value or b"{}")
-            log.warning(
-                "run.attempt_failed",
-                attempt=count.get("attempt"),
-                attempts=count.get("attempts"),
-                retry_in=round(max(0, (note.due_at or at) - at) / SECOND, 3),
-                error=error_summary(error),
-                at=raised_at(error),
-            )
+            fields = {
+                "attempt": count.get("attempt"),
+                "attempts": count.get("attempts"),
+                "retry_in": round(max(0, (note.due_at or at) - at) / SECOND, 3),
+                "error": error_summary(error),
+                "at": raised_at(error),
+            }
+            log.log_line("run.attempt_failed", logging.WARNING, fields, context)
         case Suspended():
             until = None if outcome.until is None else to_datetime(outcome.until).isoformat()
-            log.info("run.suspended", until=until)
+            log.log_line("run.suspended", logging.INFO, {"until": until}, context)
         case Cancelled():
-            log.info("run.cancelled", reason=outcome.reason)
+            log.log_line("run.cancelled", logging.INFO, {"reason": outcome.reason}, context)
         case NeedsAttention():
-            log.error("run.held", reason=outcome.reason)
+            log.log_line("run.held", logging.ERROR, {"reason": outcome.reason}, context)
         case Interrupted() | Restarted():
-            log.info("run.interrupted", restarted=isinstance(outcome, Restarted))
+            fields = {"restarted": isinstance(outcome, Restarted)}
+            log.log_line("run.interrupted", logging.INFO, fields, context)

@@ -192,32 +192,36 @@ class Log:
         return Log(self._logger, fields)
 
     def debug(self, event: str, *args: Any, **fields: Any) -> None:
-        self._log(logging.DEBUG, event, args, fields)
+        self.log_line(event, logging.DEBUG, fields, log_context.get(), args)
 
     def info(self, event: str, *args: Any, **fields: Any) -> None:
-        self._log(logging.INFO, event, args, fields)
+        self.log_line(event, logging.INFO, fields, log_context.get(), args)
 
     def warning(self, event: str, *args: Any, **fields: Any) -> None:
-        self._log(logging.WARNING, event, args, fields)
+        self.log_line(event, logging.WARNING, fields, log_context.get(), args)
 
     def error(self, event: str, *args: Any, **fields: Any) -> None:
-        self._log(logging.ERROR, event, args, fields)
+        self.log_line(event, logging.ERROR, fields, log_context.get(), args)
 
     def critical(self, event: str, *args: Any, **fields: Any) -> None:
-        self._log(logging.CRITICAL, event, args, fields)
+        self.log_line(event, logging.CRITICAL, fields, log_context.get(), args)
 
     def exception(self, event: str, *args: Any, **fields: Any) -> None:
         """`error` with the traceback of the exception being handled, or of `exc_info=error`."""
-        self._log(logging.ERROR, event, args, {"exc_info": True, **fields})
+        self.log_line(event, logging.ERROR, {"exc_info": True, **fields}, log_context.get(), args)
 
-    def _log(self, level: int, event: str, args: tuple[Any, ...], fields: dict[str, Any]) -> None:
+    def log_line(
+        self,
+        event: str,
+        level: int,
+        fields: dict[str, Any],
+        context: LogContext | None,
+        args: tuple[Any, ...] = (),
+    ) -> None:
+        """A line of the run of `context`, whatever executes now; `args` are for `event % args`."""
         direct = direct_handler()
-        context = log_context.get()
-        to_host = direct is None and self._logger.isEnabledFor(level)
         if direct is None:
-            # The log store of a run keeps info lines, whatever level the host wants to see.
-            keeps = context is not None and context.logs is not None and level >= logging.INFO
-            if not to_host and not keeps:
+            if not _wants(self._logger, level, context):
                 return
         elif level < direct.level:
             return
@@ -225,10 +229,10 @@ class Log:
             fields = {**self._context, **fields}
         if args:
             event = event % args
-        if direct is not None:
-            direct.write_line(level, self._logger.name, event, fields, context)
+        if direct is None:
+            _log_to_host(self._logger, level, event, fields, context)
         else:
-            _log_to_host(self._logger, level, event, fields, handle=to_host)
+            direct.write_line(level, self._logger.name, event, fields, context)
 
 
 def get_logger(name: str) -> Log:
@@ -238,26 +242,32 @@ def get_logger(name: str) -> Log:
     return Log(logging.getLogger(name), {})
 
 
-def is_own_logger(name: str) -> bool:
-    return name.startswith(("eventflow", "triggers"))
-
-
 class HostLogRecord(logging.LogRecord):
     """A record for the host's handlers only: `LogOutput` ignores it, the line is stored already."""
 
 
+def _wants(logger: logging.Logger, level: int, context: LogContext | None) -> bool:
+    """Embedded: whether the host sees a line of this level, or the log store of the run keeps it,
+    which has info lines whatever the host wants to see.
+    """
+    is_kept = level >= logging.INFO and context is not None and context.logs is not None
+    return is_kept or logger.isEnabledFor(level)
+
+
 def _log_to_host(
-    logger: logging.Logger, level: int, event: str, fields: dict[str, Any], *, handle: bool
+    logger: logging.Logger,
+    level: int,
+    event: str,
+    fields: dict[str, Any],
+    context: LogContext | None,
 ) -> None:
     """Embedded: a record with the message `event key=value` and the fields as `record.fields`.
 
     The redacted traceback is set as `exc_text`; with `exc_info` set, the host's formatter would
     print the raw one.
     """
-    line = render_line(
-        level, logger.name, event, fields, SystemClock().now(), SECRETS, log_context.get()
-    )
-    if not handle:
+    line = render_line(level, logger.name, event, fields, SystemClock().now(), SECRETS, context)
+    if not logger.isEnabledFor(level):
         return  # stored with the run only
     data = cast(dict[str, Any], orjson.loads(line))
     trace = data.pop("exception", None)
@@ -278,6 +288,8 @@ def _log_to_host(
 _LEVELS: Final = {10: "debug", 20: "info", 30: "warning", 40: "error", 50: "critical"}
 _BASE: Final = frozenset({"timestamp", "level", "event", "logger"})
 _RESERVED: Final = _BASE | {"run", "flow", "ledger_id", "trigger", "task", "attempt", "replay"}
+_SPECIAL: Final = _RESERVED | {"exc_info"}
+_OWN_LOGGERS: Final = ("eventflow", "triggers")
 _MAX_DEPTH: Final = 20
 _REPR: Final = reprlib.Repr()
 _REPR.maxother = 2000
@@ -300,19 +312,25 @@ def render_line(
     """
     data: dict[str, Any] = {
         "timestamp": format_timestamp(now),
-        "level": level_name(level),
+        "level": _LEVELS.get(level) or level_name(level),
         "event": event,
         "logger": logger,
     }
     is_replay = False
-    is_own = is_own_logger(logger)
+    is_own = logger.startswith(_OWN_LOGGERS)
     if context is not None:
-        data.update(context.ids())
+        data.update(context.cached_ids or context.ids())
         if context.replaying is not None and context.replaying():
             data["replay"] = is_replay = True
-    if fields:
-        _add_fields(data, fields)
-    line, data = _json_line_and_data(data)
+    if _SPECIAL.isdisjoint(fields):
+        data.update(fields)
+    else:
+        _add_special_fields(data, fields)
+    try:
+        line = orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        line = to_json_line(data)
+        data = cast(dict[str, Any], orjson.loads(line))
     if (
         "exception" in data
         or not secrets.is_clean(fields)
@@ -330,13 +348,14 @@ def render_line(
     return line
 
 
-def _add_fields(data: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    """Add the fields after the ids; a field that would replace an id gets an underscore."""
-    if not _RESERVED.isdisjoint(fields):
-        fields = {
-            f"{key}_" if key in data and data[key] != value else key: value
-            for key, value in fields.items()
-        }
+def _add_special_fields(data: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Add the fields after the ids; a field that would replace an id gets an underscore, an error
+    becomes its traceback.
+    """
+    fields = {
+        f"{key}_" if key in data and data[key] != value else key: value
+        for key, value in fields.items()
+    }
     data.update(fields)
     if "exc_info" in fields and (error := _exception_of(data.pop("exc_info"))) is not None:
         data["exception"] = "".join(traceback.format_exception(error)).rstrip()
@@ -382,15 +401,6 @@ def _format_seconds(seconds: int) -> str:
 
 def level_name(level: int) -> str:
     return _LEVELS.get(level) or logging.getLevelName(level).lower()
-
-
-def _json_line_and_data(data: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """`data` as a line, and as plain JSON data: the same object if it is that already."""
-    try:
-        return orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE), data
-    except TypeError:
-        line = to_json_line(data)
-        return line, cast(dict[str, Any], orjson.loads(line))
 
 
 def to_json_line(data: dict[str, Any]) -> bytes:

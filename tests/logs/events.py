@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log", "_log"}
+LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log", "_log", "log_line"}
 NAME = re.compile(r"[a-z_]+\.[a-z_]+")
 
 
