@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from eventflow.engine import run_parts
+
 DEADLINE = 40.0
 """Seconds a wait may take: generous, because the machine may be slow; a test that passes never
 waits this long.
@@ -22,6 +24,20 @@ waits this long.
 
 POLL_SECONDS = 0.01
 """Between two looks at a condition."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-parts",
+        action="store_true",
+        help="runs make all of their parts at their start, as a run that waits does",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all-parts"):
+        run_parts.MAKES_ALL_PARTS = True
+        os.environ["ALL_PARTS"] = "1"  # for the processes of the crash tests
 
 
 @pytest.fixture

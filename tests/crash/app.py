@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from eventflow import App, Retry, current_task, emit, flow, sleep, task
+from eventflow.engine import run_parts
 from triggers import Webhook
+
+run_parts.MAKES_ALL_PARTS = "ALL_PARTS" in os.environ
 
 PARTS = 6
 _EFFECTS = os.environ.get("CRASH_EFFECTS")

@@ -2,6 +2,8 @@
 
 record FIRST COUNT FILE    play COUNT seeds and write their journals
 replay FILE                resume each from a seeded crash, and compare the results
+equal FIRST COUNT          play COUNT seeds, with the parts of a run made when they are needed and
+                           all at its start, and compare their journals
 """
 
 import logging
@@ -13,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from eventflow.engine import run_parts
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import Completed
 from tests.engine.replay_check.scenario import CURRENT, scenario
@@ -38,6 +41,20 @@ def record(first: int, how_many: int, path: str) -> None:
         rows.append((seed, seeded_run.kept, outcome.value))
     with open(path, "wb") as file:
         pickle.dump(rows, file)
+
+
+def equal(first: int, how_many: int) -> None:
+    for seed in range(first, first + how_many):
+        journals: list[list[Entry]] = []
+        for all_parts in (False, True):
+            run_parts.MAKES_ALL_PARTS = all_parts
+            seeded_run = SeededRun(seed)
+            outcome = play(seeded_run)
+            assert isinstance(outcome, Completed), (seed, outcome)
+            journals.append(seeded_run.kept)
+        lazy, full = journals
+        assert lazy == full, (seed, lazy, full)
+    print(how_many)
 
 
 def replay(path: str) -> None:
@@ -81,5 +98,7 @@ if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     if sys.argv[1] == "record":
         record(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    elif sys.argv[1] == "equal":
+        equal(int(sys.argv[2]), int(sys.argv[3]))
     else:
         replay(sys.argv[2])

@@ -101,7 +101,7 @@ class SeededRun:
             started_at=START_TIME,
             token=1,
         )
-        journal = Journal(self.kept)
+        journal = Journal(self.kept) if self.kept else None
         self.execution = Execution(services, run, flow, journal, self._on_settled)
         self.loop.call_soon(self.execution.begin)
         try:

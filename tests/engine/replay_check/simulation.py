@@ -323,7 +323,8 @@ class Simulation:
             row.run.token += 1
             row.run.started_at = row.run.started_at or self.time
             run = msgspec.structs.replace(row.run)
-            journal = Journal([msgspec.structs.replace(entry) for entry in row.journal])
+            entries = [msgspec.structs.replace(entry) for entry in row.journal]
+            journal = Journal(entries) if entries or run.token > 1 else None
             execution = Execution(self.services, run, row.flow, journal, self._on_settled)
             self.executions[run.id] = execution
             self.loop.call_soon(execution.begin)
