@@ -98,15 +98,21 @@ class Moment(NamedTuple):
     """Microseconds since the epoch."""
     monotonic: float
 
-    def time_left(self, clock: Clock, due_us: int) -> int:
-        """Microseconds until `timer_at` calls for this due time; negative when it is past."""
-        return due_us - self.wall - int((clock.monotonic() - self.monotonic) * SECOND)
+    def time_left(self, now: "Moment", due_us: int) -> int:
+        """Microseconds from `now` until `timer_at` calls for this due time; negative when it is
+        past.
+        """
+        return due_us - self.wall - int((now.monotonic - self.monotonic) * SECOND)
 
 
 def read_moment(clock: Clock, *, not_before: int = 0) -> Moment:
-    """This instant. `not_before`: the wall time to use while the wall clock is behind it."""
+    """This instant. `not_before`: the wall time to use while the wall clock is behind it.
+
+    A clock without a method `monotonic_timer` has one time only, like `VirtualClock`.
+    """
     wall = clock.now()  # first: then a wait is too long by what passes in between, never too short
-    return Moment(max(wall, not_before), clock.monotonic())
+    has_both = getattr(clock, "monotonic_timer", None) is not None
+    return Moment(max(wall, not_before), clock.monotonic() if has_both else wall / SECOND)
 
 
 def timer_at(
@@ -119,8 +125,7 @@ def timer_at(
     """Call `call` on `loop` once as much time has passed since `since` as `due_us` is later than
     it, whatever happens to the wall clock.
 
-    For due times that were computed in this process. A clock without a method `monotonic_timer` has
-    one time only, like `VirtualClock`.
+    For due times that were computed in this process.
     """
     monotonic_timer = getattr(clock, "monotonic_timer", None)
     if monotonic_timer is None:

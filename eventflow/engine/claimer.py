@@ -7,7 +7,7 @@ One claim is under way at a time. On the worker's loop.
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from eventflow.core.clock import Timer
+from eventflow.core.clock import Timer, timer_at
 from eventflow.core.errors import StoreError
 from eventflow.engine.limits import CLAIM_BATCH_SIZE
 from eventflow.engine.worker_services import WorkerServices
@@ -32,7 +32,7 @@ class Claimer:
         """The store may hold due runs that are not in memory."""
         self.is_claiming = False
         self._claim_again = False  # asked for while a claim was under way
-        self._due_timer: Timer | None = None
+        self._due_timers: tuple[Timer, ...] = ()
 
     def claim_due(self) -> None:
         """Something may be due in the store."""
@@ -64,7 +64,7 @@ class Claimer:
             return
         self._services.limits.capacity.release(limit - len(reply.runs))
         self.has_backlog = reply.has_more
-        self._set_due_timer(reply.next_due)
+        self._set_due_timers(reply)
         again = bool(reply.runs) or self._claim_again
         self._receive(reply.runs)
         slots.end_claim(self._limit)
@@ -74,13 +74,19 @@ class Claimer:
     def _limit(self, flow: str) -> int | None:
         return self._flows[flow].options.concurrency
 
-    def _set_due_timer(self, due: int | None) -> None:
+    def _set_due_timers(self, reply: Claimed) -> None:
+        """By both clocks: what is next may be due by either (store/set_clock.py)."""
         self.close()
+        due = reply.next_due
         if due is not None:
-            services = self._services
-            self._due_timer = services.clock.timer(services.loop, due, self.claim_due)
+            clock = self._services.clock
+            loop = self._services.loop
+            self._due_timers = (
+                clock.timer(loop, due, self.claim_due),
+                timer_at(clock, loop, due, reply.read_at, self.claim_due),
+            )
 
     def close(self) -> None:
-        if self._due_timer is not None:
-            self._due_timer.cancel()
-            self._due_timer = None
+        for timer in self._due_timers:
+            timer.cancel()
+        self._due_timers = ()

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 import orjson
 
-from eventflow.core.clock import Moment
+from eventflow.core.clock import read_moment
 from eventflow.core.declarations import format_location
 from eventflow.engine.actions import AppendEntry, EndRun
 from eventflow.engine.awaitables import ChildCall, ControlSignal, EmitCall, Pending
@@ -160,8 +160,8 @@ class FlowCalls(Calls):
                     again = max(again, started)
                 timer.due = max(timer.due, again + duration)
             if self.run.begins or pending.is_live:
-                monotonic = self.services.clock.monotonic()
-                timer.since = Moment(timer.due - duration, monotonic)
+                now = read_moment(self.services.clock)
+                timer.since = now._replace(wall=timer.due - duration)
             self.request(timer)
 
     def cancel_timer(self, timer: FlowTimer) -> None:

@@ -66,13 +66,13 @@ class Outcomes:
             self._services.run_durations.observe(run.flow, state, seconds)
         options = execution.flow.options
         if (options.on_success or options.on_failure or options.on_retry) is not None:
-            self._run_hook(execution, outcome, at)
+            self._run_hook(execution, outcome)
         if self._watchers and not isinstance(
             outcome, Suspended | Interrupted | Restarted | Retried
         ):
             self.notify(execution.run.id, outcome)
 
-    def _run_hook(self, execution: Execution, outcome: Outcome, at: int) -> None:
+    def _run_hook(self, execution: Execution, outcome: Outcome) -> None:
         name = execution.run_id
         options = execution.flow.options
         if isinstance(outcome, Completed) and options.on_success is not None:
@@ -86,7 +86,7 @@ class Outcomes:
             self._services.spawn(run_hook(name, options.on_failure, name, error))
         elif isinstance(outcome, Retried) and options.on_retry is not None:
             error = decode_error(outcome.note.error or b"{}")
-            delay = max(0, (outcome.note.due_at or at) - at) / SECOND
+            delay = outcome.delay / SECOND
             self._services.spawn(run_hook(name, options.on_retry, name, error, delay))
 
     def _value(self, execution: Execution, outcome: Completed) -> Any:
@@ -127,7 +127,7 @@ def _log(execution: Execution, outcome: Outcome, at: int) -> None:
             fields = {
                 "attempt": count.get("attempt"),
                 "attempts": count.get("attempts"),
-                "retry_in": round(max(0, (note.due_at or at) - at) / SECOND, 3),
+                "retry_in": round(outcome.delay / SECOND, 3),
                 "error": error_summary(error),
                 "at": raised_at(error),
             }

@@ -188,13 +188,12 @@ class RunEnd(msgspec.Struct, eq=False):
         delay = retries.delay_after(attempt, error, self._services.rng)
         if delay is None:
             return Failed(record)
-        # Without a delay it is due also if the wall clock is set back meanwhile.
-        due = self._services.clock.now() + microseconds(delay) if delay else 0
         last = journal.retry_note
         number = 1 if last is None else last.attempt + 1
-        note = retry_note(number, attempt, retries.attempts, due, record)
+        note = retry_note(number, attempt, retries.attempts, record)
         why = KNOWN_SECRETS.excerpt(error_summary(orjson.loads(record)), MAX_DETAIL)
-        return Retried(note, f"attempt {attempt} of {retries.attempts} failed: {why}")
+        reason = f"attempt {attempt} of {retries.attempts} failed: {why}"
+        return Retried(note, reason, microseconds(delay))
 
     def _complete(self, value: Any, name: str, on_stored: Callable[[], None]) -> Outcome | None:
         journal = self._journal

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from eventflow.core.clock import SECOND, Moment, Timer, timer_after
+from eventflow.core.clock import SECOND, Moment, Timer, read_moment, timer_after
 from eventflow.engine.actions import AppendEntry, EndRun
 from eventflow.engine.awaitables import ChildCall, ControlSignal, Pending
 from eventflow.engine.pending_calls import PendingCalls
@@ -66,10 +66,11 @@ class Suspension(msgspec.Struct, eq=False):
             return None
         targets = waiting.values()
         due_times: list[int] = []
+        now = read_moment(self._services.clock)
         for target in targets:
             due, since = self._wait(target)
             if due is not None and since is not None:
-                if since.time_left(self._services.clock, due) < SUSPEND_AFTER:
+                if since.time_left(now, due) < SUSPEND_AFTER:
                     return None
                 due_times.append(due)
         if any(type(target) is ChildCall for target in targets):

@@ -145,12 +145,12 @@ def is_time_limit(timer: str) -> bool:
     return timer.rpartition("/")[2].partition("#")[0] != "sleep"
 
 
-def retry_note(number: int, attempt: int, attempts: int, due_at: int, error: bytes) -> Entry:
-    """The note (RETRY_NOTE) of failed execution `number` of the run: `attempt` of `attempts`, after
-    which the next one is due at `due_at` (microseconds).
+def retry_note(number: int, attempt: int, attempts: int, error: bytes) -> Entry:
+    """The note (RETRY_NOTE) of failed execution `number` of the run: `attempt` of `attempts`. The
+    store adds when the next one is due.
     """
     value = msgspec.json.encode({"attempt": attempt, "attempts": attempts})
-    note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=number, due_at=due_at)
+    note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=number)
     note.value = value
     note.error = error
     return note

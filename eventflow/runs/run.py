@@ -157,8 +157,8 @@ class Restarted(msgspec.Struct, frozen=True):
 
 
 class Retried(msgspec.Struct, frozen=True):
-    """The flow raised, and its `retries` allow another attempt: the run waits until `note.due_at`,
-    with its recorded values and without its errors.
+    """The flow raised, and its `retries` allow another attempt: the run waits for `delay`
+    (microseconds), with its recorded values and without its errors.
 
     `note` is the entry of the failed attempt (journal.RETRY_NOTE); `reason` is the text that people
     see while the run waits.
@@ -166,6 +166,7 @@ class Retried(msgspec.Struct, frozen=True):
 
     note: Entry
     reason: str
+    delay: int
 
 
 Outcome: TypeAlias = (

@@ -231,7 +231,7 @@ def deliver(tx: Transaction, arrivals: Sequence[Arrival]) -> None:
             if arrival.matches and run.id in arrival.matches:
                 continue  # added by Patterns.advance
             if arrival.batch_policies and run.id in arrival.batch_policies:
-                tx.windows.open(run, arrival.body, arrival.received_at)
+                tx.windows.open(run, arrival.body)
                 continue
             if run.payload is None:
                 run.payload = arrival.body

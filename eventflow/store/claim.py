@@ -77,7 +77,7 @@ def claim(tx: Transaction, op: Claim) -> Claimed:
     ]
     if (pattern_due := next_due(tx.connection)) is not None:
         due.append(pattern_due)
-    return Claimed(_start(tx, chosen), has_more, min(due, default=None))
+    return Claimed(_start(tx, chosen), has_more, min(due, default=None), tx.commit.read_at)
 
 
 def due_groups(connection: sqlite3.Connection, now: int, op: Claim) -> list[Group]:

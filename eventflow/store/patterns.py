@@ -127,9 +127,7 @@ class Patterns:
             self._add_event(instance, event, len(arrival.body))
             self._resume_matches(update)
             self._apply(instance, update)
-            placed = {
-                match.run.id: self._windows.place_match(match, now) for match in update.matches
-            }
+            placed = {match.run.id: self._windows.place_match(match) for match in update.matches}
             matches += [match for match in update.matches if placed[match.run.id] == match.run.id]
             verdicts[name] = _verdict(update, name, event, placed)
         return msgspec.structs.replace(
@@ -164,7 +162,7 @@ class Patterns:
             self._resume_matches(update)
             self._apply(instance, update)
             for match in update.matches:
-                self._windows.place_match(match, commit.now)
+                self._windows.place_match(match)
         return bool(due)
 
     def _reset_if_changed(self, instance: PatternInstance, update: PatternUpdate) -> None:

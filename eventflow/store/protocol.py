@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
+from eventflow.core.clock import Moment
 from eventflow.core.errors import StoreError, StoreFull
 from eventflow.events.event import EventOutcome, Json, OutboxMessage, Receipt
 from eventflow.runs.journal import Entry
@@ -180,12 +181,13 @@ class Claimed(msgspec.Struct):
     """`has_more`: due runs were left because of `limit` or `caps`.
 
     `next_due`: when the earliest PENDING or WAITING run (or pattern) that is not due yet will be,
-    microseconds, or None.
+    microseconds, or None. `read_at`: when the store looked.
     """
 
     runs: Sequence[Run]
     has_more: bool
     next_due: int | None
+    read_at: Moment
 
 
 Reply: TypeAlias = "list[Receipt] | Appended | Settled | Fenced | Claimed | StoreError"

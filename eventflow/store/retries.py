@@ -35,9 +35,10 @@ RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD
 
 
 def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
-    """Makes a run whose execution failed wait until `outcome.note.due_at`, and its failed children
-    with it. If a cancel was requested meanwhile, the run is due now, with the cancel.
+    """Makes a run whose execution failed wait for `outcome.delay`, and its failed children with it.
+    If a cancel was requested meanwhile, the run is due now, with the cancel.
     """
+    due_at = outcome.note.due_at = tx.commit.now + outcome.delay
     tx.journal.add(row.id, [outcome.note])
     tx.flush()
     try:
@@ -45,7 +46,6 @@ def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
     except StoreCorrupt as error:
         _hold(tx, row, error)
         return
-    due_at = outcome.note.due_at or 0
     if row.cancel_requested:
         row.clear_crashes()
         record_cancel(tx, row)

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from eventflow.core.clock import Moment
 from eventflow.core.errors import NotFound
 from eventflow.events.event import Json
 from eventflow.runs.journal import Entry
@@ -53,7 +54,8 @@ COLUMN: Mapping[int, str] = {
 class Commit:
     """One commit in preparation.
 
-    `now` is the wall clock, which may be behind `at`; instants are microseconds.
+    `read_at` is when it began; `now` is its wall time, which may be behind `at`. Instants are
+    microseconds.
     """
 
     def __init__(
@@ -62,13 +64,14 @@ class Commit:
         *,
         batch: int,
         at: int,
-        now: int,
+        read_at: Moment,
         totals: Mapping[str, int],
     ) -> None:
         self.connection = connection
         self.batch = batch
         self.at = at
-        self.now = now
+        self.now = read_at.wall
+        self.read_at = read_at
         self.totals = dict(totals)
         # Reported to the worker: runs that it reserved, running runs to cancel, and answers of
         # child runs by parent.
@@ -105,10 +108,11 @@ class Commit:
         return 0 if at <= self.now else at
 
     def due_of_new(self, run: Run) -> int:
-        """The same for a new run. One that is due when it is made is due also if the wall clock was
-        set back since then.
+        """The same for a new run: its wait begins now, also if the wall clock was set since the run
+        was made.
         """
-        return 0 if run.due_at <= run.created_at else self.due(run.due_at)
+        wait = run.due_at - run.created_at
+        return 0 if wait <= 0 else self.now + wait
 
     def note_due(self, at: int) -> None:
         """Something is due at this instant, for the next claim."""
@@ -390,7 +394,7 @@ class RunRows:
                 for run in runs
                 if run.ordering_key is None
                 and run.state is PENDING
-                and (run.due_at <= run.created_at or not commit.due(run.due_at))
+                and run.due_at <= run.created_at
             ]
         )
         for run, size in zip(runs, sizes, strict=True):

@@ -10,6 +10,7 @@ its way. The few statements that administration executes itself are in admin.py 
 import sqlite3
 from collections.abc import Mapping
 
+from eventflow.core.clock import Moment
 from eventflow.store import rows
 from eventflow.store.patterns import Patterns
 from eventflow.store.protocol import PatternAdvancer, RunReceiver, Settled
@@ -34,14 +35,14 @@ class Transaction:
         *,
         batch: int,
         at: int,
-        now: int,
+        read_at: Moment,
         totals: Mapping[str, int],
         receiver: RunReceiver | None,
         running: dict[int, RunRow],
         advancer: PatternAdvancer | None = None,
     ) -> None:
         self.connection = connection
-        self.commit = Commit(connection, batch=batch, at=at, now=now, totals=totals)
+        self.commit = Commit(connection, batch=batch, at=at, read_at=read_at, totals=totals)
         self.events = EventRows(self.commit)
         self.runs = RunRows(self.commit, receiver, running)
         self.journal = JournalRows(self.commit)

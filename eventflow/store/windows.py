@@ -75,7 +75,7 @@ class Windows:
                 runs.append(run)
                 continue
             window, row = found
-            due_at = policy.due(window.count + 1, window.opened_at, row.due_at, arrival.received_at)
+            due_at = policy.due(window.count + 1, window.opened_at, row.due_at, self._commit.now)
             self._join(window, row, event, len(arrival.body), due_at)
             batched[run.id] = row.id
         verdicts = arrival.verdicts
@@ -90,14 +90,14 @@ class Windows:
             )
         return msgspec.structs.replace(arrival, runs=runs, verdicts=verdicts)
 
-    def open(self, run: Run, payload: bytes, at: int) -> None:
+    def open(self, run: Run, payload: bytes) -> None:
         """Adds a run that further events may join until it begins."""
         if run.payload is None:
             run.payload = payload
         self._runs.add_growing(run, len(payload))
-        self._put(run, 1, at)
+        self._put(run, 1)
 
-    def place_match(self, match: PatternMatch, now: int) -> int:
+    def place_match(self, match: PatternMatch) -> int:
         """Adds the run of a pattern, or all its events to the window that is open.
 
         Returns the run that has the events.
@@ -109,14 +109,16 @@ class Windows:
             if (found := self._open_window(run, policy)) is not None:
                 window, row = found
                 for event in match.events:
-                    due_at = policy.due(window.count + 1, window.opened_at, row.due_at, now)
+                    due_at = policy.due(
+                        window.count + 1, window.opened_at, row.due_at, self._commit.now
+                    )
                     self._join(window, row, event, 0, due_at)
                 row.size += match.size  # counted in the backlog since the events arrived
                 return row.id
-        self._add_match(match, now)
+        self._add_match(match)
         return run.id
 
-    def _add_match(self, match: PatternMatch, now: int) -> None:
+    def _add_match(self, match: PatternMatch) -> None:
         """Its deliveries are pending, and its bytes counted, since the events arrived."""
         run = match.run
         events = match.events
@@ -127,7 +129,7 @@ class Windows:
         self._grown[run.id] = row
         self._run_events += [(run.id, event) for event in events if event != run.event]
         if match.batch_policy is not None:
-            self._put(run, len(events), now)
+            self._put(run, len(events))
 
     def _open_window(self, run: Run, policy: BatchPolicy) -> tuple[WindowRow, RunRow] | None:
         """The window of this run's name with its run, if that has neither begun nor ended and is
@@ -161,9 +163,9 @@ class Windows:
         self._grown[row.id] = row
         self._changed.add((window.subscription, window.ordering_key))
 
-    def _put(self, run: Run, count: int, at: int) -> None:
+    def _put(self, run: Run, count: int) -> None:
         name = _name(run)
-        self._windows[name] = WindowRow(*name, run.id, count, at)
+        self._windows[name] = WindowRow(*name, run.id, count, self._commit.now)
         self._changed.add(name)
 
     # ------------------------------------------------------------------- writing

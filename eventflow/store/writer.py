@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from eventflow.core.clock import Clock
+from eventflow.core.clock import Clock, Moment, read_moment
 from eventflow.core.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
 from eventflow.store.apply import ServeAlone, apply, record_run_events
 from eventflow.store.claim import claim
@@ -42,6 +42,7 @@ from eventflow.store.protocol import (
     WriteOp,
 )
 from eventflow.store.rows import NEVER, RunRow
+from eventflow.store.set_clock import shift_waits, step_between
 from eventflow.store.tables import TOTALS, Commit
 from eventflow.store.transaction import Transaction
 
@@ -134,7 +135,7 @@ class LastCommit:
     running runs.
 
     Nobody else writes the rows of running runs, so that they need no reading. `reported_due`: the
-    next due time that the worker was given.
+    next due time that the worker was given. `read_at`: when its transaction began.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -145,6 +146,7 @@ class LastCommit:
         self.totals: dict[str, int] = dict(zip(TOTALS, row[2:], strict=True))
         self.running: dict[int, RunRow] = {}
         self.reported_due: int | None = None
+        self.read_at: Moment | None = None
 
 
 class HighWaterSchedule:
@@ -417,12 +419,14 @@ class Writer:
 
     def _begin(self) -> Transaction:
         self.connection.execute("BEGIN IMMEDIATE")
-        now = self._clock.now()
+        now = read_moment(self._clock)
+        if step := step_between(self.last.read_at, now):
+            shift_waits(self.connection, step)
         return Transaction(
             self.connection,
             batch=self.last.batch + 1,
-            at=max(now, self.last.at),
-            now=now,
+            at=max(now.wall, self.last.at),
+            read_at=now,
             totals=self.last.totals,
             receiver=self.listeners.receiver,
             running=self.last.running,
@@ -488,6 +492,7 @@ class Writer:
         last.batch = commit.batch
         last.at = commit.at
         last.totals = commit.totals
+        last.read_at = commit.read_at
         tx.runs.forget_ended()
         new_runs = self.listeners.new_runs
         if new_runs is not None and (commit.reserved or commit.has_due or has_new_runs):

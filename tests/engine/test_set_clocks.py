@@ -1,18 +1,30 @@
-"""A wall clock that is set at any moment of a run: no wait in memory ends early, none is held.
+"""A wall clock that is set at any moment of a run: no wait ends early, none is held.
 
-What has left memory is due by the wall clock: tests/server/test_wall_clock.py.
+A sleep of a run that has left memory is due by the wall clock: tests/server/test_wall_clock.py.
 """
 
 import asyncio
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import pytest
 
-from eventflow import App, Retry, flow, restart_with, sleep, task
+from eventflow import (
+    App,
+    Batch,
+    Debounce,
+    Event,
+    Retry,
+    flow,
+    restart_with,
+    sleep,
+    task,
+)
 from eventflow.core.clock import SECOND, SystemClock
-from eventflow.testing import running
+from eventflow.testing import MemoryTrigger, running
+from tests.conftest import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -121,19 +133,68 @@ async def run_waiting(what: str, clock: SetClock) -> None:
     assert last - first < DELAY + 10
 
 
-@pytest.mark.parametrize("jump", [timedelta(hours=-1), timedelta(days=365)])
+async def run_stored(what: str, clock: SetClock) -> None:
+    """A wait of `DELAY` in the store, which neither ends early nor lasts much longer."""
+    began: list[float] = []
+
+    @flow(retries=Retry(attempts=2, delay=DELAY, jitter=False))
+    async def fails_once() -> None:
+        began.append(time.monotonic())
+        if len(began) == 1:
+            raise ValueError("the first attempt")
+
+    @flow
+    async def gathers(events: list[Event]) -> None:
+        began.append(time.monotonic())
+
+    trigger = MemoryTrigger("things")
+    app = App("clocks")
+    app.add(fails_once)
+    deliver = Debounce(DELAY, max_wait=2 * DELAY) if what == "debounce" else Batch(9, within=DELAY)
+    app.on(trigger, gathers, deliver=deliver)
+    async with asyncio.timeout(15), running(app, clock=clock):
+        clock.begin()
+        if what == "retry":
+            await (await app.start(fails_once)).result()
+        else:
+            began.append(time.monotonic())
+            await trigger.send(data={})
+            await eventually(lambda: len(began) == 2, "the window has closed")
+    first, last = began
+    assert last - first >= DELAY
+    assert last - first < DELAY + 10
+
+
+JUMPS = [timedelta(hours=-1), timedelta(days=365)]
+
+
+async def at_each_reading(
+    run: Callable[[str, SetClock], Awaitable[None]], what: str, jump: timedelta
+) -> None:
+    us = round(jump.total_seconds()) * SECOND
+    unset = SetClock()
+    await run(what, unset)
+    assert unset.readings > 3
+    found = await asyncio.gather(
+        *(run(what, SetClock(us, at)) for at in range(unset.readings)), return_exceptions=True
+    )
+    wrong = {at: error for at, error in enumerate(found) if error is not None}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("jump", JUMPS)
 @pytest.mark.parametrize("what", WAITS)
 async def test_a_clock_that_is_set_at_any_reading(what: str, jump: timedelta) -> None:
     """Whichever reading of the wall clock is the first after it was set, a wait in memory lasts as
     long as it was asked to.
     """
-    us = round(jump.total_seconds()) * SECOND
-    unset = SetClock()
-    await run_waiting(what, unset)
-    assert unset.readings > 3
-    found = await asyncio.gather(
-        *(run_waiting(what, SetClock(us, at)) for at in range(unset.readings)),
-        return_exceptions=True,
-    )
-    wrong = {at: error for at, error in enumerate(found) if error is not None}
-    assert not wrong, wrong
+    await at_each_reading(run_waiting, what, jump)
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+@pytest.mark.parametrize("what", ["batch", "debounce", "retry"])
+async def test_windows_and_retries_under_a_clock_that_is_set(what: str, jump: timedelta) -> None:
+    """So do the window of a subscription and the delay between two attempts of a flow, which the
+    store keeps.
+    """
+    await at_each_reading(run_stored, what, jump)

@@ -297,8 +297,8 @@ async def test_a_cancel_is_recorded_before_its_consequences(
         case "a suspension":
             await ledger.settle(parent, Suspended(None, 10**9))
         case _:
-            note = retry_note(1, 1, 4, 10**18, b'{"type":"ValueError","message":"no"}')
-            await ledger.settle(parent, Retried(note, "attempt 1 of 4 failed"))
+            note = retry_note(1, 1, 4, b'{"type":"ValueError","message":"no"}')
+            await ledger.settle(parent, Retried(note, "attempt 1 of 4 failed", 10**15))
     if by == "a crash":
         claimed = {run.id: run for run in await ledger.claimed()}
         child = claimed[child.id]

@@ -29,9 +29,8 @@ WAIT = 30
 
 
 def retried(ledger: Ledger, attempt: int = 1, wait: float = WAIT) -> Retried:
-    due = ledger.clock.now() + int(wait * SECOND)
-    note = retry_note(attempt, attempt, 4, due, b'{"type":"ValueError","message":"no"}')
-    return Retried(note, f"attempt {attempt} of 4 failed: ValueError: no")
+    note = retry_note(attempt, attempt, 4, b'{"type":"ValueError","message":"no"}')
+    return Retried(note, f"attempt {attempt} of 4 failed: ValueError: no", int(wait * SECOND))
 
 
 async def start_child(ledger: Ledger, parent: Run, call: str = "c#1") -> Run:
