@@ -24,7 +24,7 @@ from eventflow.core.clock import (
     Duration,
     SystemClock,
     microseconds,
-    sleep_until,
+    sleep_for,
 )
 from eventflow.core.declarations import declaration, duration, whole_number
 from eventflow.core.errors import UsageError
@@ -230,7 +230,7 @@ class DriftMonitor:
             await asyncio.get_running_loop().create_future()  # until the cancel
         interval = max(min(30 * SECOND, *(span // 4 for span in spans)), SECOND // 10)
         while True:
-            await sleep_until(self.clock, self.clock.now() + interval)
+            await sleep_for(self.clock, interval / SECOND)
             await counting.tick()
 
     # ------------------------------------------------------------------------- health

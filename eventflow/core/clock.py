@@ -154,8 +154,8 @@ async def sleep_until(clock: Clock, due_us: int) -> None:
 async def sleep_for(clock: Clock, duration: Duration, wake: asyncio.Event | None = None) -> None:
     """Wait for `duration`, or until `wake` is set; sets `wake` when it ends.
 
-    The timer is one of `clock`, so a `VirtualClock` controls it. If the wall clock is set back, a
-    timer of the event loop ends the wait one second after `duration`.
+    The timer is one of `clock`, so a `VirtualClock` controls it. If that stands still, a timer of
+    the event loop ends the wait one second after `duration`.
     """
     wake = wake or asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -15,7 +15,16 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from eventflow.core.clock import Clock, Timer, in_seconds, microseconds
+from eventflow.core.clock import (
+    SECOND,
+    Clock,
+    Moment,
+    Timer,
+    in_seconds,
+    microseconds,
+    read_moment,
+    timer_at,
+)
 from eventflow.core.errors import StoreError, StoreFailed
 from eventflow.events.event import LateSpec
 from eventflow.logs.log import get_logger
@@ -63,9 +72,10 @@ class LateRunMonitor:
         self._interval = self._min_interval  # longer where a scan takes long
         self.is_idle = True
         """Whether it does nothing before its timer fires or there are new runs."""
-        self._scanned_at = 0
+        self._scanned = Moment(0, 0.0)
         self._wants_new_runs = False
-        self._due: int | None = None
+        self._due: float | None = None
+        """By the monotonic clock."""
         self._timer: Timer | None = None
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -97,7 +107,7 @@ class LateRunMonitor:
         while True:
             self._cancel_timer()
             # Before the scan: runs recorded during it are new.
-            self._scanned_at = self._clock.now()
+            since = self._scanned = read_moment(self._clock)
             self._wants_new_runs = True
             try:
                 next_scan = await self._scan()
@@ -106,9 +116,10 @@ class LateRunMonitor:
                 return  # the server stops the process and logs the reason once
             except StoreError as error:
                 log.warning("late_runs.scan_failed", error=str(error), retry_in=RETRY_AFTER_SECONDS)
-                next_scan = self._clock.now() + microseconds(RETRY_AFTER_SECONDS)
+                since = read_moment(self._clock)
+                next_scan = since.wall + microseconds(RETRY_AFTER_SECONDS)
             if next_scan is not None:
-                self._set_timer(max(next_scan, self._scanned_at + self._interval))
+                self._set_timer(max(next_scan, since.wall + self._interval), since)
             self.is_idle = not self._wake.is_set()
             await self._wake.wait()
             self._wake.clear()
@@ -125,15 +136,18 @@ class LateRunMonitor:
 
     def _set_timer_for_new(self, is_retry: bool) -> None:
         if self._task is not None and not self._task.done():
-            due = self._clock.now() if is_retry else self._scanned_at + self._shortest_after
-            self._set_timer(due)
+            since = read_moment(self._clock) if is_retry else self._scanned
+            self._set_timer(since.wall + (0 if is_retry else self._shortest_after), since)
 
-    def _set_timer(self, due: int) -> None:
-        """Wakes the scan at `due`, or at the time already set if that is earlier."""
+    def _set_timer(self, due_us: int, since: Moment) -> None:
+        """Wakes the scan as long after `since` as `due_us` is, or at the time already set if that
+        is earlier.
+        """
+        due = since.monotonic + (due_us - since.wall) / SECOND
         if self._due is None or due < self._due:
             self._cancel_timer()
             self._due = due
-            self._timer = self._clock.timer(self._loop, due, self._on_timer)
+            self._timer = timer_at(self._clock, self._loop, due_us, since, self._on_timer)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -152,7 +166,7 @@ class LateRunMonitor:
         new runs.
         """
         began = self._clock.monotonic()
-        found: LateRuns = await self._store.late_runs(self._wanted, self._scanned_at)
+        found: LateRuns = await self._store.late_runs(self._wanted, self._scanned.wall)
         took = self._clock.monotonic() - began
         self._interval = max(self._min_interval, microseconds(took * MIN_REST_FACTOR))
         for after, runs in found.runs.items():

@@ -17,6 +17,11 @@ from eventflow.store.transaction import Transaction
 MAX_RUNS_PER_SCAN = 20_000
 """Late runs of one flow that one scan finds; the next scan finds the others."""
 
+MAX_ID = (1 << 63) - 1
+
+_SET_BACK_MILLISECONDS = 60_000
+"""An id that is further ahead of the clock was made before it was set back; a scan takes less."""
+
 LATE_EVENT_TYPE = "eventflow.run.late"
 """The type of their events."""
 
@@ -84,9 +89,14 @@ def find(connection: sqlite3.Connection, wanted: Wanted, now: int) -> LateRuns:
     """
     found: dict[int, list[int]] = {}
     next_scan: list[int] = []
+    (newest,) = connection.execute("SELECT max(id) FROM runs").fetchone()
+    # Ids increase also under a clock that was set back, and tell nothing about an age then.
+    is_set_back = (newest or 0) >> 20 > now // 1000 + _SET_BACK_MILLISECONDS
     for (flow,) in connection.execute(_FLOWS).fetchall():
         for after, is_named in wanted(flow).items():
-            late, next_at = _find_in_flow(connection, flow, after, is_named, now)
+            first_too_young = max((now - after) // 1000 + 1, 0) << 20
+            ceiling = MAX_ID if is_set_back else first_too_young
+            late, next_at = _find_in_flow(connection, flow, after, is_named, now, ceiling)
             found.setdefault(after, []).extend(late)
             if next_at is not None:
                 next_scan.append(next_at)
@@ -96,15 +106,10 @@ def find(connection: sqlite3.Connection, wanted: Wanted, now: int) -> LateRuns:
 
 
 def _find_in_flow(
-    connection: sqlite3.Connection, flow: str, after: int, is_named: bool, now: int
+    connection: sqlite3.Connection, flow: str, after: int, is_named: bool, now: int, ceiling: int
 ) -> tuple[list[int], int | None]:
-    # An id begins with the millisecond that it was made in: runs from this id on cannot be late.
-    asked = {
-        "flow": flow,
-        "after": after,
-        "named": is_named,
-        "ceiling": max((now - after) // 1000 + 1, 0) << 20,
-    }
+    # An id begins with the millisecond that it was made in: runs from `ceiling` on cannot be late.
+    asked = {"flow": flow, "after": after, "named": is_named, "ceiling": ceiling}
     rows: list[tuple[int, int]] = connection.execute(_LATE, asked).fetchall()
     next_scan = [late_at for _, late_at in rows if late_at > now]
     (following,) = connection.execute(_NEXT, asked).fetchone()

@@ -25,6 +25,7 @@ from eventflow import (
 from eventflow.core.clock import SECOND, SystemClock
 from eventflow.testing import MemoryTrigger, running
 from tests.conftest import eventually
+from triggers import RunState
 
 pytestmark = pytest.mark.anyio
 
@@ -198,3 +199,34 @@ async def test_windows_and_retries_under_a_clock_that_is_set(what: str, jump: ti
     store keeps.
     """
     await at_each_reading(run_stored, what, jump)
+
+
+async def test_a_late_run_under_a_clock_that_was_set_back() -> None:
+    """A run that begins after the clock was set back is late in time."""
+    clock = SetClock(-3600 * SECOND)
+    late = asyncio.Event()
+
+    @task
+    async def rest() -> None:
+        await late.wait()
+
+    @flow
+    async def slow() -> None:
+        await rest()
+
+    @flow
+    async def alert(event: Event) -> None:
+        late.set()
+
+    app = App("late")
+    app.add(slow)
+    app.on(RunState(slow, "late", after=1), alert)
+    async with asyncio.timeout(15), running(app, clock=clock):
+        run = await app.start(slow)
+        clock.begin()
+        again = await app.start(slow)
+        began = time.monotonic()
+        await late.wait()
+        assert time.monotonic() - began < 10
+        await run.result()
+        await again.result()
