@@ -151,18 +151,15 @@ class TriggerIntake:
         if not items:
             return
         health.last_event_at = self._reactor.clock.now()
-        fresh = 0
-        for item, receipt in zip(items, receipts, strict=True):
+        known = [receipt for receipt in receipts if receipt.duplicate or receipt.conflict]
+        for receipt in known:
             if receipt.conflict:
                 self.log.warning("event.conflicted", event_id=receipt.event_id)
-            elif receipt.duplicate:
-                health.duplicates += 1
             else:
-                fresh += 1
-            if type(item) is Undecodable:
-                health.undecodable += 1
-        health.events += fresh
-        if fresh:
+                health.duplicates += 1
+        health.undecodable += [*map(type, items)].count(Undecodable)
+        if fresh := len(receipts) - len(known):
+            health.events += fresh
             self.log.debug("event.recorded", count=fresh, event_id=receipts[0].event_id)
 
     async def cursor(self) -> Mapping[str, Json]:
@@ -348,15 +345,14 @@ class Reactor:
         self, arrivals: Sequence[Arrival], trigger: str, cursor: Mapping[str, Json] | None
     ) -> "asyncio.Future[list[Receipt]]":
         """Adds a call to the commit queue. Raises StoreFull if that is full."""
-        size = 0
-        for arrival in arrivals:
-            size += len(arrival.body)
+        size = sum([len(arrival.body) for arrival in arrivals])
+        events = len(arrivals)
         own = self._in_flight[trigger]
-        if arrivals:
-            self._check_room(own, len(arrivals), size)
-        self._events += len(arrivals)
+        if events:
+            self._check_room(own, events, size)
+        self._events += events
         self._bytes += size
-        own.events += len(arrivals)
+        own.events += events
         own.size += size
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Receipt]] = loop.create_future()
@@ -383,9 +379,10 @@ class Reactor:
         route_conflict = None if trigger in self._repeats_may_differ else self.router.route_conflict
         op = RecordEvents(arrivals, trigger, cursor, route_conflict)
         try:
-            self.store.post(op, partial(self._answer, trigger, calls), asyncio.get_running_loop())
+            reply = partial(self._answer, trigger, calls, arrivals)
+            self.store.post(op, reply, asyncio.get_running_loop())
         except StoreError as error:  # the store is closed
-            self._answer(trigger, calls, error)
+            self._answer(trigger, calls, arrivals, error)
 
     def _post_each(self, trigger: str, calls: Sequence[AcceptedCall]) -> None:
         """Each call in its own operation: one cannot be applied, and must not fail the others."""
@@ -393,7 +390,11 @@ class Reactor:
             self._post(trigger, [call])
 
     def _answer(
-        self, trigger: str, calls: Sequence[AcceptedCall], result: list[Receipt] | StoreError
+        self,
+        trigger: str,
+        calls: Sequence[AcceptedCall],
+        arrivals: Sequence[Arrival],
+        result: list[Receipt] | StoreError,
     ) -> None:
         """Gives each call its part of the reply."""
         is_error = isinstance(result, StoreError)
@@ -401,26 +402,32 @@ class Reactor:
             self._post_each(trigger, calls)
             return
         own = self._in_flight[trigger]
+        size = sum([call.size for call in calls])
+        self._events -= len(arrivals)
+        self._bytes -= size
+        own.events -= len(arrivals)
+        own.size -= size
+        if not is_error:
+            self._log_arrivals(arrivals, result)
         first = 0
         for call in calls:
-            events = len(call.arrivals)
-            self._events -= events
-            self._bytes -= call.size
-            own.events -= events
-            own.size -= call.size
-            if is_error:
-                if not call.receipts.done():
-                    call.receipts.set_exception(result)
-                continue
-            receipts = result[first : first + events]
-            first += events
-            for arrival, receipt in zip(call.arrivals, receipts, strict=True):
-                if arrival.dead_letters and not receipt.duplicate:
-                    log_dead_letters(arrival)
-                elif self.logs_received:
-                    log_received(arrival, receipt)
-            if not call.receipts.done():  # else the caller was cancelled; the transaction was not
-                call.receipts.set_result(receipts)
+            after = first + len(call.arrivals)
+            if call.receipts.done():  # the caller was cancelled; the transaction was not
+                pass
+            elif is_error:
+                call.receipts.set_exception(result)
+            else:
+                call.receipts.set_result(result[first:after])
+            first = after
+
+    def _log_arrivals(self, arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> None:
+        if not self.logs_received and not [each for each in arrivals if each.dead_letters]:
+            return
+        for arrival, receipt in zip(arrivals, receipts, strict=True):
+            if arrival.dead_letters and not receipt.duplicate:
+                log_dead_letters(arrival)
+            elif self.logs_received:
+                log_received(arrival, receipt)
 
     def _check_room(self, own: InFlight, events: int, size: int) -> None:
         """Raises StoreFull if these events have no room."""
@@ -449,7 +456,9 @@ def _merged_cursor(calls: Sequence[AcceptedCall]) -> dict[str, Json] | None:
     """
     merged: dict[str, Json] = {}
     for call in calls:
-        for key, at in (call.cursor or {}).items():
+        if not call.cursor:
+            continue
+        for key, at in call.cursor.items():
             if key in merged and value_or_none(msgspec.json.encode, merged[key]) is None:
                 return None
             merged[key] = at
