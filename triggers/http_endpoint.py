@@ -184,7 +184,7 @@ class Endpoint:
         if self._intake is None:
             raise self._unavailable(body_unread=True)
         headers, repeated = read_headers(scope["headers"])
-        body = await self._read_body(receive, headers, repeated)
+        body = await self._read_body(scope, receive, headers, repeated)
         if "content-encoding" in headers:  # the body is unpacked, also in a dead letter
             del headers["content-encoding"]
         return await self._handle(headers, repeated, body)
@@ -212,10 +212,12 @@ class Endpoint:
                 address=client[0][:MAX_ADDRESS_LENGTH],
             )
 
-    async def _read_body(self, receive: Receive, headers: Headers, repeated: set[str]) -> bytes:
+    async def _read_body(
+        self, scope: Scope, receive: Receive, headers: Headers, repeated: set[str]
+    ) -> bytes:
         """The verified body. Senders sign either the bytes sent or the unpacked ones."""
         limits = self._limits
-        wire = body = await read_body(receive, headers, limits.max_body, limits.body_timeout)
+        wire = body = await read_body(scope, receive, headers, limits.max_body, limits.body_timeout)
         now = self._clock.now() // SECOND
         reason = self._verify.reason_to_refuse(headers, repeated, wire, now)
         packed = encoding(headers)

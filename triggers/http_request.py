@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import msgspec
 import orjson
-from starlette.types import Receive, Send
+from starlette.types import Receive, Scope, Send
 
-from eventflow.core.http_body import BodyRejected, read_http_body
+from eventflow.core.http_body import BODY_ARRIVED, BodyRejected, read_http_body
 
 MAX_GZIP_MEMBERS = 64
 """Of one body. Each costs a set-up, and senders write one."""
@@ -79,12 +79,17 @@ def read_headers(raw: list[tuple[bytes, bytes]]) -> tuple[dict[str, str], set[st
 
 
 async def read_body(
-    receive: Receive, headers: Mapping[str, str], limit: int, timeout: float
+    scope: Scope, receive: Receive, headers: Mapping[str, str], limit: int, timeout: float
 ) -> bytes:
     """The body as sent. Raises RequestRejected (413, 408) or ClientDisconnected."""
-    length = headers.get("content-length", "")
     try:
-        return await read_http_body(receive, length, max_bytes=limit, max_seconds=timeout)
+        return await read_http_body(
+            receive,
+            headers.get("content-length", ""),
+            max_bytes=limit,
+            max_seconds=timeout,
+            has_arrived=BODY_ARRIVED in scope,
+        )
     except BodyRejected as rejected:
         raise RequestRejected(
             rejected.status,

@@ -35,10 +35,20 @@ class ClientDisconnected(Exception):
     """
 
 
+BODY_ARRIVED = "eventflow.body_arrived"
+"""In the scope of a request: all of its body came with its head (web/http_protocol.py)."""
+
+
 async def read_http_body(
-    receive: Receive, content_length: str, *, max_bytes: int, max_seconds: float
+    receive: Receive,
+    content_length: str,
+    *,
+    max_bytes: int,
+    max_seconds: float,
+    has_arrived: bool = False,
 ) -> bytes:
-    """The body as sent. `content_length`: the header, or "" without one.
+    """The body as sent. `content_length`: the header, or "" without one. `has_arrived`: the server
+    has all of it (BODY_ARRIVED), so no deadline is needed.
 
     Raises BodyRejected as soon as the declared or the counted size is over `max_bytes` or the time
     is over, ClientDisconnected when the sender left.
@@ -49,22 +59,29 @@ async def read_http_body(
         if len(content_length) > 15 or int(content_length) > max_bytes:
             raise _too_large(max_bytes)
     body = bytearray()
+    if has_arrived:
+        while _add_part(body, await receive(), max_bytes):
+            pass
+        return bytes(body)
     start = asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout_at(start + min(max_seconds, GRACE_SECONDS)) as deadline:
-            while True:
-                message = await receive()
-                if message["type"] != "http.request":
-                    raise ClientDisconnected
-                body += message.get("body", b"")
-                if len(body) > max_bytes:
-                    raise _too_large(max_bytes)
-                if not message.get("more_body", False):
-                    return bytes(body)
+            while _add_part(body, await receive(), max_bytes):
                 allowed = GRACE_SECONDS + len(body) / MIN_BYTES_PER_SECOND
                 deadline.reschedule(start + min(max_seconds, allowed))
+            return bytes(body)
     except TimeoutError:
         raise BodyRejected(408, "timeout", "the body did not arrive in time") from None
+
+
+def _add_part(body: bytearray, message: MutableMapping[str, Any], max_bytes: int) -> bool:
+    """Whether more parts follow."""
+    if message["type"] != "http.request":
+        raise ClientDisconnected
+    body += message.get("body", b"")
+    if len(body) > max_bytes:
+        raise _too_large(max_bytes)
+    return message.get("more_body", False)
 
 
 def _too_large(max_bytes: int) -> BodyRejected:

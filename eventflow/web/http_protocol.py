@@ -2,7 +2,8 @@
 
 server/server.py passes the class to uvicorn. A request's head must be complete within 10 s and 64
 KiB. Connections are limited in total and per address, loopback addresses excepted. Bodies are
-limited where they are read: of the API in responses.py, of webhooks in triggers/http_request.py.
+limited where they are read: of the API in responses.py, of webhooks in triggers/http_request.py;
+BODY_ARRIVED in a request's scope says that there is nothing to wait for.
 The next check of a request is the Guard (auth.py).
 """
 
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from eventflow.core.http_body import BODY_ARRIVED
 from eventflow.logs.log import get_logger
 from eventflow.logs.repeated import RepeatedLines
 
@@ -76,6 +78,8 @@ class _LimitedProtocol(HttpToolsProtocol):
     _reading = True
     _head = 0
     _deadline: asyncio.TimerHandle | None = None
+    _arriving: Any = None
+    """The scope of the last request whose head ended in the bytes that are being parsed."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -97,6 +101,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         if self._reading:
             self._head += len(data)
         super().data_received(data)
+        self._arriving = None
         if not self._reading:
             self._stop_head_timer()
         elif self._head > MAX_HEAD_BYTES:
@@ -114,7 +119,13 @@ class _LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._reading = False
         self._head = 0
+        self._arriving = self.scope
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self._arriving is not None:  # the application is called in a later turn of the loop
+            self._arriving[BODY_ARRIVED] = True
 
     def _start_head_timer(self) -> None:
         self._deadline = self.loop.call_later(HEAD_TIMEOUT_SECONDS, self._on_head_timeout)

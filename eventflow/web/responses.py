@@ -29,7 +29,12 @@ from eventflow.core.errors import (
     StoreFull,
     UsageError,
 )
-from eventflow.core.http_body import BodyRejected, ClientDisconnected, read_http_body
+from eventflow.core.http_body import (
+    BODY_ARRIVED,
+    BodyRejected,
+    ClientDisconnected,
+    read_http_body,
+)
 from eventflow.events.strict_json import read_json
 from eventflow.logs.log import get_logger
 
@@ -200,7 +205,11 @@ async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
     length = request.headers.get("content-length", "")
     try:
         return await read_http_body(
-            request.receive, length, max_bytes=limit, max_seconds=MAX_BODY_SECONDS
+            request.receive,
+            length,
+            max_bytes=limit,
+            max_seconds=MAX_BODY_SECONDS,
+            has_arrived=BODY_ARRIVED in request.scope,
         )
     except BodyRejected as rejected:
         raise http_error(

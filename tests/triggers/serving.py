@@ -1,6 +1,6 @@
-"""A webhook behind a real server: uvicorn on a free port, on the test's loop, with the app's
-routes behind the guard and mounted as the app does. Tests talk to it over TCP, with a client or by
-hand (`raw`) where a client would be too well-behaved.
+"""A webhook behind a real server: uvicorn with the server's protocol, on a free port and the
+test's loop, with the app's routes behind the guard and mounted as the app does. Tests talk to it
+over TCP, with a client or by hand (`raw`) where a client would be too well-behaved.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from eventflow.web.auth import Guard
+from eventflow.web.http_protocol import ConnectionLimiter, limited_protocol
 from tests.conftest import eventually
 
 
@@ -40,6 +41,7 @@ async def serving(routes: Sequence[BaseRoute]) -> AsyncIterator[int]:
         log_level="error",
         access_log=False,
         lifespan="off",
+        http=limited_protocol(ConnectionLimiter()),
         timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)

@@ -118,6 +118,29 @@ def test_a_steady_body_may_take_longer_than_a_dripping_one(monkeypatch: pytest.M
     over_http(check)
 
 
+def test_each_request_of_a_connection_has_its_own_body():
+    """Requests that are written at once, one of which asks before it sends its body, are recorded
+    with the body of each, and so is one whose body is late.
+    """
+
+    async def check(hook: Hook) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", hook.port)
+        late = post("/hooks/orders", b'{"n":3}', JSON)
+        writer.write(
+            post("/hooks/orders", b'{"n":1}', JSON)
+            + post("/hooks/orders", b'{"n":2}', JSON, ("Expect", "100-continue"))
+            + late[:-4]
+        )
+        await eventually(lambda: len(hook.ledger.offered) == 2, "two are recorded")
+        writer.write(late[-4:])
+        await eventually(lambda: len(hook.ledger.offered) == 3, "the third is recorded")
+        bodies = [getattr(item, "data", None) for item in hook.ledger.offered]
+        assert bodies == [{"n": 1}, {"n": 2}, {"n": 3}]
+        writer.close()
+
+    over_http(check)
+
+
 def test_hanging_up_in_the_middle_records_nothing():
     """A sender that goes away before its body is whole leaves no trace."""
 
