@@ -253,7 +253,7 @@ class JournalRows:
         """Adds entries of this run, which are numbered when they are written."""
         for entry in entries:
             self.added.append((run, entry))
-        self.unseen.add(run)
+            self.unseen.add(run)
 
     def flush(self) -> None:
         """Numbers the entries that were added, and writes them; an `at` that is given stays."""
