@@ -11,6 +11,11 @@ import pytest
 
 from eventflow.loop.started import StartedCoroutine, run_as_task
 
+A_MOMENT = 0.001
+"""Seconds that a coroutine waits."""
+A_WHILE = 0.02
+"""Seconds in which it is cancelled, if it is."""
+
 SEEN: list[Any] = []
 NAME: ContextVar[str] = ContextVar("name", default="")
 
@@ -29,7 +34,7 @@ async def returns() -> str:
 async def waits() -> str:
     async with asyncio.timeout(40):  # needs a current task
         await asyncio.sleep(0)
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(A_MOMENT)
     SEEN.append(asyncio.current_task())
     return "value"
 
@@ -54,7 +59,7 @@ async def awaits_an_error() -> str:
 
 async def cleans_up() -> str:
     try:
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(A_WHILE)
     except asyncio.CancelledError:
         SEEN.append("cancelled")
         await asyncio.sleep(0)
@@ -65,7 +70,7 @@ async def cleans_up() -> str:
 
 async def swallows() -> str:
     try:
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(A_WHILE)
     except asyncio.CancelledError:
         return "swallowed"
     return "value"
@@ -75,7 +80,7 @@ async def cancels_itself() -> str:
     task = asyncio.current_task()
     assert task is not None
     task.cancel()
-    await asyncio.sleep(0.001)
+    await asyncio.sleep(A_MOMENT)
     return "value"
 
 
@@ -167,7 +172,7 @@ def test_a_loop_that_closes_closes_the_coroutine() -> None:
 
     async def body() -> None:
         try:
-            await asyncio.sleep(40)
+            await asyncio.sleep(A_WHILE)
         finally:
             ended.append("closed")
 
