@@ -222,7 +222,9 @@ class Webhook(Endpoint):
         vendor = self._verify.vendor
         if signed := self._verify.signed_id(headers):
             return signed
-        own = _first_id(vendor.id_headers, headers, repeated, body)
+        own = None
+        if vendor.id_headers:
+            own = _first_id(vendor.id_headers, headers, repeated, body)
         if own is None and vendor.id_field:
             own = _id_text(_field_at(data, vendor.id_field))
         return own or _first_id(ID_HEADERS, headers, repeated, body)

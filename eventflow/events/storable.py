@@ -13,6 +13,8 @@ import msgspec
 
 from eventflow.events.event import Event, Undecodable
 
+ID_EXPECTED = "id and source: expected a str each"
+
 
 def storable_text(value: object) -> str:
     """Text without lone surrogates, each of which is written as `\\udcNN`; other values as `str`
@@ -30,7 +32,7 @@ def check_storable(event: Event, body: bytes) -> None:
     """
     found: Any = event  # made by code without types
     if not (isinstance(found.id, str) and isinstance(found.source, str)):
-        raise TypeError("id and source: expected a str each")
+        raise TypeError(ID_EXPECTED)
     if found.subject is not None and not isinstance(found.subject, str):
         raise TypeError(f"subject: expected a str, found {type(found.subject).__name__}")
     if b"null" in body and not _is_finite(event.data):

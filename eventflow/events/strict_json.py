@@ -52,7 +52,8 @@ def read_json(
             raise
         text = utf8
         value = orjson.loads(text)
-    is_small = text.count(b":") <= max_keys and text.count(b"{") + text.count(b"[") <= max_depth
+    has_few_keys = len(text) <= max_keys or text.count(b":") <= max_keys
+    is_small = has_few_keys and text.count(b"{") + text.count(b"[") <= max_depth
     keys = 0 if is_small else _count_keys(value, max_keys, max_depth)
     written = orjson.dumps(value)
     if written == text or _has_same_tokens(written, text):

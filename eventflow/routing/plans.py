@@ -19,7 +19,7 @@ from eventflow.core.errors import BindingError, error_line
 from eventflow.core.hashing import digest_text
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Event
-from eventflow.events.storable import check_storable, storable_text
+from eventflow.events.storable import ID_EXPECTED, check_storable, storable_text
 from eventflow.routing.patterns import event_time_us
 from eventflow.routing.subscriptions import SinkSubscription, Subscription
 from eventflow.runs.run import Run, State
@@ -81,12 +81,14 @@ class RoutePlan:
         `ident`). Raises TypeError or ValueError if it cannot be recorded as it is.
         """
         body, data = event.to_json_parts()
-        check_storable(event, body)
+        key = identity(self._trigger, event.source, event.id)
+        if event.subject is not None or b"null" in body:
+            check_storable(event, body)
         # Positional, and the rare fields apart: by name, this costs as much as all the encoding.
         arrival = Arrival(
             ident,
             self._trigger,
-            identity(self._trigger, event.source, event.id),
+            key,
             content_digest(event),
             event.id,
             event.source,
@@ -114,8 +116,11 @@ class RoutePlan:
 
 
 def identity(trigger: str, source: str, ident: str) -> bytes:
-    """The 16-byte identity of an event in the ledger (P2)."""
-    return digest_text((trigger, source), ident.encode())
+    """The 16-byte identity of an event in the ledger (P2). TypeError unless all are text."""
+    try:
+        return digest_text((trigger, source), ident.encode())
+    except (AttributeError, TypeError):  # made by code without types
+        raise TypeError(ID_EXPECTED) from None
 
 
 def content_digest(event: Event) -> bytes:
@@ -136,10 +141,11 @@ def verdict(name: str, outcome: str, detail: str | int, term: str) -> Verdict:
 class FlowStep:
     """A flow's subscription: a new run, or why there is none."""
 
-    __slots__ = ("_binder", "_paused", "_pending", "_sinks", "_subscription")
+    __slots__ = ("_binder", "_flow", "_paused", "_pending", "_sinks", "_subscription")
 
     def __init__(self, subscription: Subscription, dead_letter_sinks: Sequence[str]) -> None:
         self._subscription = subscription
+        self._flow = subscription.flow.name
         self._binder = subscription.flow.binder
         self._sinks = dead_letter_sinks
         name = orjson.dumps(subscription.name)
@@ -149,6 +155,7 @@ class FlowStep:
     def __call__(self, arrival: Arrival, incoming: Incoming, run_id: int) -> Verdict:
         subscription = self._subscription
         event = incoming.event
+        batch_policy = subscription.batch_policy
         ordering_key = subscription.default_ordering_key
         mismatch = params = given = None
         try:
@@ -157,7 +164,7 @@ class FlowStep:
             if mismatch is None:
                 if subscription.key is not None:
                     ordering_key = _ordering_key(subscription.key(event))
-                if subscription.batch_policy is not None:
+                if batch_policy is not None:
                     self._binder.bind_events((event,))
                 elif subscription.params is None:
                     given = self._binder.bind_arriving(event, incoming.data)
@@ -168,11 +175,12 @@ class FlowStep:
             return reject(arrival, subscription.name, error, self._sinks)
         if mismatch is not None:
             return verdict(subscription.name, "filtered", mismatch, "suppressed")
+        moment = arrival.received_at
         run = Run(
             id=run_id,
-            flow=subscription.flow.name,
-            created_at=arrival.received_at,
-            due_at=arrival.received_at,
+            flow=self._flow,
+            created_at=moment,
+            due_at=moment,
             event=arrival.id,
             subscription=subscription.name,
             ordering_key=ordering_key,
@@ -186,7 +194,7 @@ class FlowStep:
         if incoming.is_paused:
             run.state = State.PAUSED
             head = self._paused
-        add_run(arrival, run, subscription.batch_policy)
+        add_run(arrival, run, batch_policy)
         return b"%b%d]" % (head, run_id), "pending"
 
 

@@ -172,6 +172,31 @@ def test_data_that_is_no_json_is_a_dead_letter():
     assert arrival.event_id == "e1" and arrival.body.startswith(b"{'x': <object object at")
 
 
+def test_the_items_of_a_call_arrive_together():
+    """They have one time, and ids in their order, which none of them shares with a run; an item
+    that is no event, or cannot be recorded, costs the others nothing.
+    """
+    items = [
+        event(ORDER, id="1"),
+        Undecodable(id="2", source="/shop", body=b"{", error="unexpected end"),
+        event({"x": object()}, id="3"),
+        event(ORDER, id=4),
+        event(ORDER, id="5"),
+    ]
+    arrivals = router(subscribe("orders", handle), subscribe("orders", audit)).route_all(
+        "orders", items
+    )
+    ids = [ident for each in arrivals for ident in (each.id, *(run.id for run in each.runs))]
+    assert ids == sorted(set(ids)) and len(ids) == 5 + 2 * 2
+    assert len({each.received_at for each in arrivals}) == 1
+    assert [each.counts for each in arrivals] == [
+        {"pending": 2},
+        *[{"dead": 1}] * 3,
+        {"pending": 2},
+    ]
+    assert "id and source: expected a str each" in arrivals[3].dead_letters[0][1]
+
+
 def test_runs_of_a_paused_trigger_are_paused():
     """While a trigger is paused its runs are recorded in PAUSED, count as pending, and filters
     still apply.
