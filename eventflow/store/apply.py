@@ -239,7 +239,8 @@ def deliver(tx: Transaction, arrivals: Sequence[Arrival]) -> None:
             sizes.append(size if run.params is None else size + len(run.params))
         if arrival.dead_letters or arrival.outbox:
             tx.events.add_messages(arrival)
-    tx.runs.add(runs, sizes)
+    if runs:
+        tx.runs.add(runs, sizes)
     tx.commit.add_deliveries(chain.from_iterable([each.counts.items() for each in arrivals]))
 
 
@@ -318,7 +319,7 @@ def _append(tx: Transaction, op: Append) -> Appended | Fenced:
     if op.arrivals and not tx.is_shared:
         load_arrivals(tx, op.arrivals)
     tx.journal.add(op.run, op.entries)
-    receipts = record_arrivals(tx, op.arrivals)
+    receipts = record_arrivals(tx, op.arrivals) if op.arrivals else ()
     for child in op.children:
         _start_child(tx, child)
     if op.clears_suspicion and (row.crash_suspect or row.crash_count):
