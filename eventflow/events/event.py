@@ -282,20 +282,15 @@ _PAIRS = tuple(first + second for first in ALPHABET for second in ALPHABET)
 
 def format_id(ident: int) -> str:
     """An id as 13 characters of Crockford's base 32. The text sorts like the number."""
-    pairs = _PAIRS  # ten bits at a time, since every run needs it
-    low = ident & 0x3FFFFFFF
-    return (
-        f"{_first_letters(ident >> 30)}"
-        f"{pairs[low >> 20]}{pairs[low >> 10 & 1023]}{pairs[low & 1023]}"
-    )
+    return f"{_first_letters(ident >> 10)}{_PAIRS[ident & 1023]}"
 
 
 @lru_cache(maxsize=1024)
 def _first_letters(high: int) -> str:
-    """The first seven letters: all ids of one second have the same."""
+    """All but the last two letters. An event, its runs and their neighbours share them."""
     pairs = _PAIRS
     return (
-        f"{ALPHABET[high >> 30 & 31]}"
+        f"{ALPHABET[high >> 50 & 31]}{pairs[high >> 40 & 1023]}{pairs[high >> 30 & 1023]}"
         f"{pairs[high >> 20 & 1023]}{pairs[high >> 10 & 1023]}{pairs[high & 1023]}"
     )
 

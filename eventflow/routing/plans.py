@@ -194,7 +194,9 @@ class FlowStep:
         if incoming.is_paused:
             run.state = State.PAUSED
             head = self._paused
-        add_run(arrival, run, batch_policy)
+        if batch_policy is not None:
+            add_batch_policy(arrival, run, batch_policy)
+        arrival.runs = [*arrival.runs, run]
         return b"%b%d]" % (head, run_id), "pending"
 
 
@@ -204,14 +206,12 @@ def _ordering_key(key: object) -> str | None:
     return _checked_key("key=", key)
 
 
-def add_run(arrival: Arrival, run: Run, batch_policy: BatchPolicy | None) -> None:
-    """Add a run, due now or when its batch window closes."""
-    if batch_policy is not None:
-        arrival.batch_policies = {**arrival.batch_policies, run.id: batch_policy}
-        run.mode = batch_policy.mode
-        if batch_policy.size > 1:
-            run.due_at += batch_policy.wait
-    arrival.runs = [*arrival.runs, run]
+def add_batch_policy(arrival: Arrival, run: Run, policy: BatchPolicy) -> None:
+    """The run is due when its batch window closes."""
+    arrival.batch_policies = {**arrival.batch_policies, run.id: policy}
+    run.mode = policy.mode
+    if policy.size > 1:
+        run.due_at += policy.wait
 
 
 def kept_text(reason: str) -> str:

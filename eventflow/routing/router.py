@@ -31,7 +31,7 @@ from eventflow.routing.plans import (
     RoutePlan,
     SinkStep,
     Step,
-    add_run,
+    add_batch_policy,
     identity,
     kept_text,
     verdict,
@@ -284,7 +284,9 @@ class Router:
             params=params,
             payload=arrival.body,
         )
-        add_run(arrival, run, batch_policy)
+        if batch_policy is not None:
+            add_batch_policy(arrival, run, batch_policy)
+        arrival.runs = [run]
         arrival.verdicts = b"[%b]" % verdict(run.subscription, "run", run.id, "pending")[0]
         arrival.counts = {"pending": 1}
         return arrival
