@@ -28,11 +28,11 @@ Value: TypeAlias = "int | str | bytes | None"
 Values: TypeAlias = "Sequence[Value]"
 
 _EVERY_SIZE_UP_TO = 16
-_MOST_ROWS = 256
-"""Sizes of a statement, in rows: each up to 16, then the powers of two up to 256.
+_MOST_ROWS = 128
+"""Sizes of a statement, in rows: each up to 16, then the powers of two up to 128.
 
-Each text is prepared once. More rows are split into a few of these sizes, so that nothing is bound
-that is not written.
+Each text is prepared once, which costs some 20,000 instructions a row. More rows are split into a
+few of these sizes, so that nothing is bound that is not written.
 """
 
 _MAX_VARIABLES = 32_766
