@@ -8,7 +8,7 @@ Claims come last in a batch; they are in claim.py. Admin verbs (admin.py) use `d
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from typing import Any, assert_never, cast
 
 import orjson
@@ -308,24 +308,37 @@ def _recorded_already(op: Append | Settle) -> Fenced:
     )
 
 
-def _append(tx: Transaction, op: Append) -> Appended | Fenced:
-    row = _owned(tx, op)
-    if row is None:
-        if op.arrivals and tx.is_shared:
-            raise ServeAlone
-        return _fenced(tx, op)
-    if tx.journal.must_probe and tx.journal.has_any(op.run, op.entries):
-        return _recorded_already(op)
-    if op.arrivals and not tx.is_shared:
-        load_arrivals(tx, op.arrivals)
-    tx.journal.add(op.run, op.entries)
-    receipts = record_arrivals(tx, op.arrivals) if op.arrivals else ()
-    for child in op.children:
-        _start_child(tx, child)
-    if op.clears_suspicion and (row.crash_suspect or row.crash_count):
-        row.clear_crashes()
-        tx.runs.change(row)
-    return Appended(tx.commit.batch, tx.commit.at, op.entries, receipts)
+def _append(tx: Transaction, ops: Sequence[Append]) -> list[Appended | Fenced]:
+    journal = tx.journal
+    replies: list[Appended | Fenced] = []
+    emitting: list[tuple[Appended, Sequence[Arrival]]] = []
+    for op in ops:
+        row = _owned(tx, op)
+        if row is None:
+            if op.arrivals and tx.is_shared:
+                raise ServeAlone
+            replies.append(_fenced(tx, op))
+            continue
+        if journal.must_probe and journal.has_any(op.run, op.entries):
+            replies.append(_recorded_already(op))
+            continue
+        journal.add(op.run, op.entries)
+        for child in op.children:
+            _start_child(tx, child)
+        if op.clears_suspicion and (row.crash_suspect or row.crash_count):
+            row.clear_crashes()
+            tx.runs.change(row)
+        reply = Appended(tx.commit.batch, tx.commit.at, op.entries)
+        replies.append(reply)
+        if op.arrivals:
+            emitting.append((reply, op.arrivals))
+    arrivals = [each for _, emitted in emitting for each in emitted]
+    if arrivals and not tx.is_shared:
+        load_arrivals(tx, arrivals)
+    receipts = iter(record_arrivals(tx, arrivals) if arrivals else ())
+    for reply, emitted in emitting:
+        reply.receipts = list(islice(receipts, len(emitted)))
+    return replies
 
 
 def _start_child(tx: Transaction, child: Run) -> None:
@@ -460,7 +473,7 @@ def _each(decide: Callable[[Transaction, Any], Any]) -> Callable[[Transaction, S
 
 _DECIDE: Mapping[type, Callable[[Transaction, Sequence[Any]], list[Any]]] = {
     RecordEvents: _each(_record),
-    Append: _each(_append),
+    Append: _append,
     MarkStarted: _each(_mark_started),
     Settle: _settle,
 }
