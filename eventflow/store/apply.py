@@ -312,6 +312,7 @@ def _append(tx: Transaction, ops: Sequence[Append]) -> list[Appended | Fenced]:
     journal = tx.journal
     replies: list[Appended | Fenced] = []
     emitting: list[tuple[Appended, Sequence[Arrival]]] = []
+    children: list[Run] = []
     for op in ops:
         row = _owned(tx, op)
         if row is None:
@@ -323,8 +324,8 @@ def _append(tx: Transaction, ops: Sequence[Append]) -> list[Appended | Fenced]:
             replies.append(_recorded_already(op))
             continue
         journal.add(op.run, op.entries)
-        for child in op.children:
-            _start_child(tx, child)
+        if op.children:
+            children += [child for child in op.children if _is_new_call(tx, child)]
         if op.clears_suspicion and (row.crash_suspect or row.crash_count):
             row.clear_crashes()
             tx.runs.change(row)
@@ -332,6 +333,8 @@ def _append(tx: Transaction, ops: Sequence[Append]) -> list[Appended | Fenced]:
         replies.append(reply)
         if op.arrivals:
             emitting.append((reply, op.arrivals))
+    if children:
+        tx.runs.add(children, [len(child.params or b"") for child in children])
     arrivals = [each for _, emitted in emitting for each in emitted]
     if arrivals and not tx.is_shared:
         load_arrivals(tx, arrivals)
@@ -341,15 +344,17 @@ def _append(tx: Transaction, ops: Sequence[Append]) -> list[Appended | Fenced]:
     return replies
 
 
-def _start_child(tx: Transaction, child: Run) -> None:
+def _is_new_call(tx: Transaction, child: Run) -> bool:
+    """Whether the call that this run answers has no child yet; from now on it has."""
     if child.parent is None or child.parent_call_key is None:
         raise ValueError(
             f"child run {format_id(child.id)}: expected a parent and its call key, found none"
         )
     call = (child.parent, child.parent_call_key)
-    if call not in tx.journal.children:
-        tx.journal.children.add(call)
-        tx.runs.add([child], [len(child.params or b"")])
+    if call in tx.journal.children:
+        return False
+    tx.journal.children.add(call)
+    return True
 
 
 def _mark_started(tx: Transaction, op: MarkStarted) -> Appended | Fenced:
