@@ -92,8 +92,8 @@ class Attempts(msgspec.Struct, eq=False):
     running: int = 0
 
     def launch(self, call: TaskCall) -> None:
-        """Starts the next attempt of a call. Its body takes its first step here, unless a task of
-        the worker's loop takes a step now: then in the loop's next turn.
+        """Starts the next attempt of a call; its body takes its first step in the loop's
+        next turn.
         """
         call.attempt += 1
         call.is_running = True
@@ -108,28 +108,24 @@ class Attempts(msgspec.Struct, eq=False):
         context.run(
             enter_attempt, self._services, self.run_id, self._log_context, call, on_progress
         )
-        # Not loop.create_task: an eager task factory would not know the flow's loop.
-        loop = self._services.loop
-        attempt = StartedCoroutine(context)
-        call.handle = AttemptTask(attempt, loop=loop, context=context)
-        if self._flow_loop.is_current() or asyncio.current_task(loop) is None:
-            self._take_first_step(call, attempt)
-        else:
-            attempt.follow(self._attempt(call))
+        # Not loop.create_task: an eager task factory would run the body here, inside the flow's own
+        # step.
+        call.handle = AttemptTask(self._attempt(call), loop=self._services.loop, context=context)
 
     def take_over(self, call: TaskCall) -> None:
-        """Goes on with an attempt whose body has taken its first step (first_body.py)."""
+        """Goes on with an attempt whose body has taken its first step, in a step of the flow
+        (first_body.py).
+        """
         self.running += 1
-        self._take_first_step(call, call.handle.get_coro())
-
-    def _take_first_step(self, call: TaskCall, attempt: StartedCoroutine) -> None:
-        loop = self._services.loop
-        coro = self._attempt(call)
-        step = (call.handle, loop, attempt.context, attempt.take_first_step, coro)
-        if self._flow_loop.is_current():
-            self._flow_loop.run_outside(run_as_task, *step)
-        else:
-            run_as_task(*step)
+        attempt: StartedCoroutine = call.handle.get_coro()
+        self._flow_loop.run_outside(
+            run_as_task,
+            call.handle,
+            self._services.loop,
+            attempt.context,
+            attempt.take_first_step,
+            self._attempt(call),
+        )
 
     def abandon(self, call: TaskCall) -> None:
         """Cancels the call's body, or the timer of its next attempt; nothing of it is recorded from

@@ -1,8 +1,8 @@
 """The calls that a flow awaits: how one is made, begun and answered.
 
-A call waits for its answer on a future of the flow's loop, but for one case: if the flow waits for
-nothing else, the call is answered in the step that makes it, where the answer is recorded already
-or the body ends without waiting.
+A call waits for its answer on a future of the flow's loop, but for one case: the first call of a
+run, if the flow waits for nothing else, is answered in the step that makes it, where its body ends
+without waiting.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from contextvars import copy_context
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeGuard
 
 from eventflow.core.errors import ResultsUnavailable, error_text
 from eventflow.engine.actions import EndRun
@@ -35,21 +35,19 @@ class Calls(RunParts):
     """The flow's first task, once it exists."""
 
     @abstractmethod
-    def start_new(self) -> None: ...
-
-    @abstractmethod
     def guarded(self, call: Callable[..., None], *args: Any) -> None: ...
 
     async def perform(self, call: Call) -> Any:
         """The call's recorded or new result. Its call key is taken already."""
-        if self.has_parts and (self.run_end.outcome is not None or self.run_end.is_signalled):
-            await refuse_unless_cleanup(self)
-        if (entry := self._begin_call(call)) is not None:
-            if entry.kind is Kind.ERROR:
-                raise decode_error(entry.error or b"{}")
-            value = self._read_value(call, entry)
-            if value is not UNREADABLE:
-                return value
+        if self._may_begin(call):
+            if (entry := self._begin(call)) is not None:
+                value = self._read_value(call, entry)
+                if value is not UNREADABLE:
+                    return value
+        else:
+            if self.run_end.outcome is not None or self.run_end.is_signalled:
+                await refuse_unless_cleanup(self)
+            self._make_call(call)
         future = call.future = asyncio.Future(loop=self.loop)
         try:
             return await future
@@ -60,49 +58,35 @@ class Calls(RunParts):
             call.future = None
             del future
 
-    def _begin_call(self, call: Call) -> Entry | None:
-        """Makes the call. If it is the only thing that the flow waits for, no step is left: the
-        flow is parked. It is then answered here if it can be.
-        """
-        # In an `except` block it cannot: a body must not see the error that is handled there.
-        parks = self.loop.is_parked_but_for(self.root) and sys.exception() is None
-        if parks and not self.has_parts and type(call) is TaskCall and self._may_begin(call):
-            return self._begin_first_body(call)
-        parks = parks and not self.pending.answers
-        self._make_call(call)
-        if not parks or self.loop.cleanup is not None or not self.run_end.is_open:
-            return None
-        if not self.pending.answers:
-            self.pending.is_replaying = False
-            self.guarded(self.start_new)
-        return self._take_answer()
+    def _may_begin(self, call: Call) -> TypeGuard[TaskCall]:
+        """Whether this is the run's first call, and the flow waits for nothing else: no step is
+        left, so it is parked, and the body may start now.
 
-    def _may_begin(self, call: TaskCall) -> bool:
+        In an `except` block it may not: it must not see the error that is handled there.
+        """
         return (
-            call.task.is_plain
+            not self.has_parts
+            and type(call) is TaskCall
+            and call.task.is_plain
             and self.first_call is None
+            and self.loop.is_parked_but_for(self.root)
             and not self.services.draining
             and not self.run.crash_suspect
+            and sys.exception() is None
         )
 
-    def _begin_first_body(self, call: TaskCall) -> Entry | None:
+    def _begin(self, call: TaskCall) -> Entry | None:
+        """The entry of its value, if its body has ended without waiting."""
         services = self.services
         self.first_call = call
         entry = begin_first_body(services, self.run_id, self.log_context, self.loop, call)
-        self.first_call = entry
         if entry is None:
+            self.first_call = None
             self.pending.waiting[call.call_key] = call
             self.guarded(self.attempts.take_over, call)
-            return self._take_answer()
-        # The flow's time from here on, so the store keeps it.
-        entry.at = max(self.began_at, services.clock.now())
-        return entry
-
-    def _take_answer(self) -> Entry | None:
-        """The answer of the only call that the flow waits for, if it is there."""
-        if not self.pending.answers or not self.run_end.is_open:
-            return None
-        ((_, _, entry, _),) = self.pending.next_batch()
+        else:  # the flow's time from here on, so the store keeps it
+            entry.at = max(self.began_at, services.clock.now())
+            self.note_value(entry)
         return entry
 
     def _make_call(self, call: Call) -> None:

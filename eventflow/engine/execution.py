@@ -203,9 +203,7 @@ class Execution(FlowCalls):
             if (action := end.refuse()) is not None:
                 self.carry_out(action)
             return True
-        self.start_new()
-        if self.pending.answers:  # of a body that ended in its first step
-            return True
+        self._start_new()
         self.rest()
         return False
 
@@ -215,9 +213,9 @@ class Execution(FlowCalls):
         if self.run_end.outcome is not None or self.pending.answers:
             self.on_parked()
         else:
-            self.start_new()
+            self._start_new()
 
-    def start_new(self) -> None:
+    def _start_new(self) -> None:
         """Starts new calls, unless the worker drains.
 
         A value that the flow has before its commit is made durable first. Emissions have no effect

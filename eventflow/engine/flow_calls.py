@@ -144,7 +144,11 @@ class FlowCalls(Calls):
 
     def _read_context_time(self) -> int:
         """`current_run().now`. No replay depends on what a task body reads."""
-        return self.read_now() if self.loop.is_current() else self.pending.now
+        if self.loop.is_current():
+            return self.read_now()
+        if self.has_parts:
+            return self.pending.now
+        return self.first_call.at if isinstance(self.first_call, Entry) else self.began_at
 
     def set_timer(self, timer: FlowTimer) -> None:
         if self.run_end.is_open:

@@ -118,11 +118,18 @@ class RunParts(LoopHost, ABC):
             suspension=Suspension(services, self.flow.options, pending, self.rest),
         )
         if isinstance(entry := self.first_call, Entry):
-            writer.keep_uncommitted(entry)
-            pending.note_delivered(entry)
+            self.note_value(entry)
         if self.settled_as is not None:
             run_end.outcome = self.settled_as
             run_end.is_closed = True
+
+    def note_value(self, entry: Entry) -> None:
+        """The flow has received the value of the run's first call."""
+        if self.has_parts:
+            self.writer.keep_uncommitted(entry)
+            self.pending.note_delivered(entry)
+        else:
+            self.first_call = entry
 
     @abstractmethod
     def carry_out(self, action: Action) -> None: ...

@@ -96,6 +96,11 @@ async def announces(n: int) -> int:
 
 
 @task
+async def reads_now() -> str:
+    return current_run().now.isoformat()
+
+
+@task
 async def handled() -> str:
     return repr(sys.exception())
 
@@ -191,6 +196,10 @@ async def reads_the_time() -> list[str]:
     return [first.isoformat(), current_run().now.isoformat()]
 
 
+async def body_reads_the_time() -> list[str]:
+    return [await reads_now(), current_run().now.isoformat(), await reads_now()]
+
+
 async def reads_the_time_later() -> str:
     await double(1)
     return current_run().now.isoformat()
@@ -281,6 +290,7 @@ PROGRAMS = (
     sleeps,
     reads_the_time,
     reads_the_time_later,
+    body_reads_the_time,
     gathers,
     gathers_first,
     in_a_group,
@@ -294,7 +304,7 @@ PROGRAMS = (
 )
 
 
-TIMED = (reads_the_time, reads_the_time_later)
+TIMED = (reads_the_time, reads_the_time_later, body_reads_the_time)
 """Their values differ after a crash before anything was recorded."""
 
 NAME_OF = attrgetter("__name__")
