@@ -9,6 +9,7 @@ whatever the chunks.
 import asyncio
 import zlib
 from collections.abc import Mapping
+from itertools import chain, repeat
 
 import msgspec
 import orjson
@@ -67,14 +68,18 @@ class RequestRejected(Exception):
 
 def read_headers(raw: list[tuple[bytes, bytes]]) -> tuple[dict[str, str], set[str]]:
     """The first header of each name, by lower-case name as latin-1 text; and the repeated names."""
-    headers: dict[str, str] = {}
+    texts = [*map(bytes.decode, chain.from_iterable(raw), repeat("latin-1"))]
+    names = [*map(str.lower, texts[::2])]
+    values = texts[1::2]
+    headers = dict(zip(names, values, strict=True))
     repeated: set[str] = set()
-    for name, value in raw:
-        key = name.decode("latin-1").lower()
-        if key in headers:
-            repeated.add(key)
-        else:
-            headers[key] = value.decode("latin-1")
+    if len(headers) < len(names):
+        headers = {}
+        for name, value in zip(names, values, strict=True):
+            if name in headers:
+                repeated.add(name)
+            else:
+                headers[name] = value
     return headers, repeated
 
 

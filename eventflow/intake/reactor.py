@@ -134,17 +134,14 @@ class TriggerIntake:
         cursor: Mapping[str, Json] | None = None,
         max_wait: float | None = None,
     ) -> list[Receipt]:
-        reactor = self._reactor
-        trigger = self._trigger
-        health = self._health
-
-        def route() -> list[Arrival]:
-            # Again after each wait: the trigger may have been paused or resumed meanwhile.
-            return reactor.router.route_all(trigger, items, health.paused)
-
-        receipts = await reactor.record(route, trigger, cursor, max_wait=max_wait)
+        route = partial(self._route, items)
+        receipts = await self._reactor.record(route, self._trigger, cursor, max_wait=max_wait)
         self._count(items, receipts)
         return receipts
+
+    def _route(self, items: Sequence[Event | Undecodable]) -> list[Arrival]:
+        # Again after each wait: the trigger may have been paused or resumed meanwhile.
+        return self._reactor.router.route_all(self._trigger, items, self._health.paused)
 
     def _count(self, items: Sequence[Event | Undecodable], receipts: Sequence[Receipt]) -> None:
         health = self._health

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
@@ -18,6 +20,7 @@ from eventflow.testing.trigger_contract import CONTRACT, ContractLedger, Promise
 from tests.conftest import eventually
 from tests.triggers.hooks import Hook, WebhookHarness, over_http
 from tests.triggers.serving import digest, now, post, raw, serving
+from triggers.http_request import read_headers
 from triggers.signatures import (
     HMAC,
     Bearer,
@@ -351,6 +354,18 @@ def test_p9_a_failing_id_function_is_a_dead_letter(ident: Any):
         assert isinstance(item, Undecodable) and item.body == b'{"total": 5}'
 
     over_http(check, id=ident)
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"a", b"A", b"b-c"]), st.binary(max_size=3))))
+def test_the_first_header_of_a_name_counts(raw_headers: list[tuple[bytes, bytes]]):
+    """Headers are by lower-case name, the first one of each; names that are repeated are known."""
+    headers, repeated = read_headers(raw_headers)
+    names = [name.decode("latin-1").lower() for name, _ in raw_headers]
+    assert list(headers) == list(dict.fromkeys(names))
+    assert all(
+        headers[name].encode("latin-1") == raw_headers[names.index(name)][1] for name in names
+    )
+    assert repeated == {name for name in names if names.count(name) > 1}
 
 
 def test_repeated_id_headers_are_refused():
