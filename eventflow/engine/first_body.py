@@ -89,6 +89,8 @@ def _take_step(
         return None
     if len(data) > OFFLOAD_BYTES:
         return None
+    if (lines := log_context.get()) is not None and lines.partial_lines:
+        lines.close()
     entry = Entry(
         call_key=call.call_key,
         kind=Kind.VALUE,

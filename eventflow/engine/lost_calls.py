@@ -10,7 +10,7 @@ from typing import Any
 from eventflow.core.errors import NotAwaited
 from eventflow.engine.awaitables import ChildCall, EmitCall, Pending
 from eventflow.logs.log import get_logger
-from eventflow.loop.unawaited import called_name, origin
+from eventflow.loop.unawaited import called_name, made_at, origin
 from eventflow.runs.run import Completed, Failed, Outcome
 from eventflow.sdk.task import TaskCall
 from eventflow.serialization.errors import encode_error
@@ -45,7 +45,7 @@ def report_unawaited(coro: Any, run: str, definition: str, *, is_replaying: bool
 def returned_unawaited(name: str, coro: Any) -> NotAwaited:
     """The error for a flow or a task, `name`, that returned a call instead of its value."""
     call = called_name(coro)
-    at = origin(coro)
+    at = made_at(coro)  # the code that runs now did not make it
     coro.close()  # Python would warn of it
     return NotAwaited(name, call if at is None else f"{call} at {at}")
 

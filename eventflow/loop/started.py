@@ -103,8 +103,9 @@ class StartedCoroutine(Coroutine[Any, Any, Any]):
             self._finish()
         if self._is_waiting:
             waits_for: asyncio.Future[Any] | None = self.send(None)
-            # Cancelled before the task could wait: asyncio cancels what a task waits for.
-            if isinstance(waits_for, asyncio.Future) and waits_for.cancel():
+            # Cancelled before the task could wait: asyncio cancels what a task waits for, with the
+            # message of the cancel.
+            if isinstance(waits_for, asyncio.Future) and waits_for.cancel(_message_of(error[0])):
                 return waits_for
         assert self._coro is not None
         return self._coro.throw(*error)
@@ -125,3 +126,8 @@ class StartedCoroutine(Coroutine[Any, Any, Any]):
     def __getattr__(self, name: str) -> Any:
         """`cr_frame`, `__qualname__` and the like, for those who describe a task."""
         return getattr(self._coro, name)
+
+
+def _message_of(error: Any) -> Any:
+    """The message with which a task was cancelled."""
+    return error.args[0] if isinstance(error, asyncio.CancelledError) and error.args else None

@@ -79,6 +79,19 @@ def origin(coro: Any) -> str | None:
     """`file:line` of the user's code that made a coroutine, which is being freed; None if it is not
     known.
     """
+    if (place := made_at(coro)) is not None:
+        return place
+    running: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while running is not None:
+        code = running.f_code
+        if code.co_flags & inspect.CO_COROUTINE and not is_own_file(code.co_filename):
+            return format_location(code.co_filename, running.f_lineno)
+        running = running.f_back
+    return None
+
+
+def made_at(coro: Any) -> str | None:
+    """`file:line` of the call that made a coroutine; None if the call did not remember it."""
     frame = getattr(coro, "cr_frame", None)
     call = None if frame is None else frame.f_locals.get("call")
     site: CallSite | None = getattr(call, "site", None)
@@ -87,12 +100,6 @@ def origin(coro: Any) -> str | None:
         for start, end, line in code.co_lines():
             if start <= offset < end and line is not None:
                 return format_location(code.co_filename, line)
-    running: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while running is not None:
-        code = running.f_code
-        if code.co_flags & inspect.CO_COROUTINE and not is_own_file(code.co_filename):
-            return format_location(code.co_filename, running.f_lineno)
-        running = running.f_back
     return None
 
 

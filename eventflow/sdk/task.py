@@ -219,10 +219,13 @@ class Task(Generic[P, R]):
         self.name = options.name
         self.identity = (options.name, fn.__module__, fn.__qualname__)
         self.is_async = inspect.iscoroutinefunction(fn)
-        self.is_plain = self.is_async and not (
-            options.timeout or options.concurrency or options.on_success
+        code = getattr(fn, "__code__", None)
+        self.is_plain = (
+            code is not None
+            and bool(code.co_flags & inspect.CO_COROUTINE)  # not `inspect.markcoroutinefunction`
+            and not (options.timeout or options.concurrency or options.on_success)
         )
-        """Whether a body needs nothing but the loop."""
+        """Whether a body is a coroutine that needs nothing but the loop."""
         self._codec_name = codec
         signature = inspect.signature(fn)
         plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -1,17 +1,21 @@
 """Attempts: retries, timeouts, slots, threads and hooks of the bodies that a run calls."""
 
 import asyncio
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
+from eventflow import App
 from eventflow.core.errors import NotStorable, TaskFailed, TaskTimedOut, UsageError
 from eventflow.core.retry import Permanent, Retry, RetryAfter
+from eventflow.logs.log import LogLine
 from eventflow.runs.journal import Kind
 from eventflow.sdk.flow import current_run, flow, sleep
 from eventflow.sdk.task import current_task, task
+from eventflow.testing import result_of, running
 from tests.engine.replay_check.simulation import SECOND, START_TIME, Simulation
 
 HERE: list[Simulation] = []
@@ -413,8 +417,8 @@ def test_a_loop_that_is_closed_interrupts_and_fails_nothing(sim: Simulation) -> 
 def test_an_eager_task_factory_on_the_workers_loop_changes_nothing(
     sim: Simulation, eager: bool
 ) -> None:
-    """Bodies and store calls are never stepped inside the flow's own step, whatever factory the
-    host program has set.
+    """Bodies and store calls see the worker's loop and never the flow's, whatever factory the host
+    program has set.
     """
     if eager and not hasattr(asyncio, "eager_task_factory"):
         pytest.skip("eager tasks came with Python 3.12")
@@ -439,3 +443,50 @@ def test_an_eager_task_factory_on_the_workers_loop_changes_nothing(
     sim.eager = eager
     assert sim.done(runs).value == [1, 2, 3]
     assert [row.state.label for row in sim.rows.values()] == ["completed", "cancelled"]
+
+
+@pytest.mark.skipif(
+    not hasattr(inspect, "markcoroutinefunction"), reason="it came with Python 3.12"
+)
+def test_a_function_that_is_marked_as_a_coroutine_function_may_return_any_awaitable(
+    sim: Simulation,
+) -> None:
+    """Its value is that of the awaitable, which need not be a coroutine."""
+
+    class Ready:
+        def __await__(self) -> Generator[Any, Any, int]:
+            yield from asyncio.sleep(0).__await__()
+            return 5
+
+    def works() -> Any:
+        return Ready()
+
+    getattr(inspect, "markcoroutinefunction")(works)  # noqa: B009 (unknown to Python 3.11)
+    made: Any = task(works)
+
+    @flow
+    async def runs() -> int:
+        return await made()
+
+    assert sim.done(runs).value == 5
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("waits", [False, True])
+async def test_what_a_body_prints_without_a_newline_is_a_line(*, waits: bool) -> None:
+    """It is logged when the body ends, under its task and attempt, whether or not it waits."""
+
+    @task
+    async def prints() -> None:
+        print("50 %\r100 %", end="")
+        if waits:
+            await asyncio.sleep(0)
+
+    @flow
+    async def runs() -> None:
+        await prints()
+
+    lines: list[LogLine] = []
+    async with running(App("prints"), lines=lines) as app:
+        await result_of(app, runs)
+    assert [(line.event, line.task, line.attempt) for line in lines] == [("100 %", "prints", 1)]

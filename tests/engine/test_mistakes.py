@@ -156,6 +156,16 @@ async def calls_it() -> Any:
     return await plain_returns_a_call()
 
 
+@task
+async def returns_the_call_of_its_body() -> Any:
+    return load()
+
+
+@flow
+async def awaits_it() -> Any:
+    return await returns_the_call_of_its_body()
+
+
 @flow
 async def measures_a_call() -> int:
     return len(load())  # type: ignore[arg-type]
@@ -179,6 +189,13 @@ async def test_a_returned_call_fails_with_await(tested: Any) -> None:
     async with running(App("mistaken")) as app:
         with pytest.raises(NotAwaited, match=r"never awaited task 'load'.*write `await` before"):
             await result_of(app, tested)
+
+
+async def test_a_call_that_a_body_returns_names_no_line_of_the_flow() -> None:
+    """The flow did not make the call, so the error does not point there."""
+    async with running(App("mistaken")) as app:
+        with pytest.raises(NotAwaited, match="never awaited task 'load'; the call did not run"):
+            await result_of(app, awaits_it)
 
 
 async def test_a_call_used_as_a_value_has_a_note() -> None:

@@ -84,6 +84,28 @@ async def cancels_itself() -> str:
     return "value"
 
 
+async def cancels_itself_with_a_message() -> str:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel("the reason")
+    try:
+        await asyncio.sleep(A_MOMENT)
+    except asyncio.CancelledError as error:
+        return repr(error.args)
+    return "value"
+
+
+async def cancels_what_it_gathers() -> str:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel("the reason")
+    try:
+        await asyncio.gather(asyncio.sleep(A_MOMENT), asyncio.sleep(A_MOMENT))
+    except asyncio.CancelledError as error:
+        return repr(error.args)
+    return "value"
+
+
 Program = Callable[[], Coroutine[Any, Any, str]]
 PROGRAMS = (
     returns,
@@ -115,6 +137,27 @@ async def outcome(task: "asyncio.Task[str]", *, cancelled: bool) -> Any:
     return repr(result), task.cancelled(), seen
 
 
+async def both(program: Program, *, cancelled: bool) -> tuple[Any, Any]:
+    """The outcomes with a first step that is taken at once, and with `create_task`."""
+    mine = await outcome(in_callback(lambda: begun(program)), cancelled=cancelled)
+    task = asyncio.create_task(program())
+    if cancelled:
+        await asyncio.sleep(0)  # it takes its first step, too
+    return mine, await outcome(task, cancelled=cancelled)
+
+
+def in_callback(call: Callable[[], "asyncio.Task[str]"]) -> "asyncio.Task[str]":
+    """`run_as_task` must not be called in a step of another task."""
+    me = asyncio.current_task()
+    assert me is not None
+    loop = asyncio.get_running_loop()
+    asyncio.tasks._leave_task(loop, me)  # pyright: ignore
+    try:
+        return call()
+    finally:
+        asyncio.tasks._enter_task(loop, me)  # pyright: ignore
+
+
 @pytest.mark.parametrize("cancelled", [False, True], ids=["", "cancelled"])
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_it_ends_as_a_task_ends(program: Program, *, cancelled: bool) -> None:
@@ -122,29 +165,19 @@ def test_it_ends_as_a_task_ends(program: Program, *, cancelled: bool) -> None:
     the same turn reaches it where it waits.
     """
 
-    async def both() -> tuple[Any, Any]:
-        mine = await outcome(in_callback(lambda: begun(program)), cancelled=cancelled)
-        task = asyncio.create_task(program())
-        if cancelled:
-            await asyncio.sleep(0)  # it takes its first step, too
-        return mine, await outcome(task, cancelled=cancelled)
-
-    def in_callback(call: Callable[[], "asyncio.Task[str]"]) -> "asyncio.Task[str]":
-        """`run_as_task` must not be called in a step of another task."""
-        me = asyncio.current_task()
-        assert me is not None
-        loop = asyncio.get_running_loop()
-        asyncio.tasks._leave_task(loop, me)  # pyright: ignore
-        try:
-            return call()
-        finally:
-            asyncio.tasks._enter_task(loop, me)  # pyright: ignore
-
-    mine, theirs = asyncio.run(both())
+    mine, theirs = asyncio.run(both(program, cancelled=cancelled))
     if program is returns and cancelled:
         assert theirs[0] == mine[0] == "'value'"
     else:
         assert mine == theirs
+
+
+@pytest.mark.parametrize("program", [cancels_itself_with_a_message, cancels_what_it_gathers])
+def test_the_message_of_a_cancel_reaches_the_coroutine(program: Program) -> None:
+    """Libraries recognize their own cancels by it."""
+    mine, theirs = asyncio.run(both(program, cancelled=False))
+    assert mine == theirs
+    assert "the reason" in mine[0]
 
 
 def test_the_first_step_is_taken_at_once_and_in_the_context_of_the_task() -> None:
