@@ -454,7 +454,9 @@ class Execution(FlowCalls):
         self.loop.close()
         self.log_context.close()
         services.limits.slots.begin_commit(holds_slot=True)
-        to_parent = answer_to_parent(run, self.run_id, outcome)
+        to_parent = None
+        if run.parent is not None:
+            to_parent = answer_to_parent(run, self.run_id, outcome)
         entries = (self.first_call,) if isinstance(self.first_call, Entry) else ()
         op = Settle(run.id, run.token, outcome, to_parent, run.parent, entries)
         services.posts.post(op, partial(self._on_settled, self, outcome))

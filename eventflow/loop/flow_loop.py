@@ -512,7 +512,7 @@ class FlowLoop(HostedLoop):
             return
         self._ready.clear()
         self._unordered.clear()
-        if self._tasks and (unfinished := self.unfinished_tasks()):
+        if not all(map(FlowTask.done, self._tasks)) and (unfinished := self.unfinished_tasks()):
             left = tuple(unfinished)  # closing them may make new tasks
             self._pumping = True
             try:
