@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -28,6 +29,7 @@ from eventflow.cli.output import (
 from eventflow.cli.run_text import event_text, last_part, run_text
 from eventflow.cli.times import age_text, check_order, parse_moment, zone_name
 from eventflow.core.clock import SECOND, duration_text, to_datetime
+from eventflow.core.declarations import nearest
 from eventflow.core.errors import UsageError
 from eventflow.logs.file import as_stream_line
 from eventflow.logs.output import format_line, make_style
@@ -126,7 +128,7 @@ def ls(
     page = asyncio.run(_get(location, f"/api/{kind}", **params))
     shown = _SHOWN.get(kind, dict)
     rows = [shown(row) for row in page[kind.replace("-", "_")]]
-    empty = f"no {kind.replace('-', ' ')}"
+    empty = "" if rows else asyncio.run(_nothing_listed(location, kind, given))
     text = table(rows, COLUMNS[kind].split(), empty, width=terminal_width())
     write_result(page, as_json, text)
 
@@ -134,6 +136,23 @@ def ls(
 async def _get(location: LedgerLocation, path: str, **params: Any) -> dict[str, Any]:
     async with open_api(location) as api:
         return await api.get(path, **params)
+
+
+async def _nothing_listed(location: LedgerLocation, kind: str, given: dict[str, Any]) -> str:
+    """That there is nothing, with the filters; and which flow or trigger was probably meant."""
+    shown = kind.replace("-", " ")
+    if not given:
+        return f"no {shown}"
+    filters = " ".join(f"--{name} {value}" for name, value in given.items())
+    for name in given.keys() & {"flow", "trigger"}:
+        with suppress(ApiError, UsageError):  # the program is not known here
+            declared = (await _get(location, f"/api/{name}s"))[f"{name}s"]
+            names = [each["name"] for each in declared]
+            if given[name] not in names:
+                meant = nearest(given[name], names)
+                hint = f"did you mean {meant!r}?" if meant else f"it has {', '.join(names)}"
+                return f"no {shown} with {filters}; the app has no {name} {given[name]!r}: {hint}"
+    return f"no {shown} with {filters}"
 
 
 def _run_row(run: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,12 @@ class RunParts(LoopHost, ABC):
         self.run_id = format_id(run.id)
         self.loop = FlowLoop(self, services.loop, run.id)
         self.log_context = LogContext(
-            run.id, flow.name, run.event, logs=services.logs, replaying=self.is_replaying
+            run.id,
+            flow.name,
+            run.event,
+            logs=services.logs,
+            replaying=self.is_replaying,
+            run_id=self.run_id,
         )
         self.began_at = services.clock.now()
         self.has_parts = False

@@ -64,9 +64,10 @@ class LogContext(msgspec.Struct):
     """What executes now: a flow body or, with `task`, one attempt. Closed when that ends.
 
     `event` is the ledger id. `replaying` returns whether the flow body repeats what it did before:
-    its lines are then tagged `replay` and not stored again. The last three fields are private to
-    this package: the ids of a line, those of the run if this is one of its attempts, and text
-    printed without a newline at its end, by stream.
+    its lines are then tagged `replay` and not stored again. `run_id` is the run's id as text, where
+    it is known. The three fields before it are private to this package: the ids of a line, those of
+    the run if this is one of its attempts, and text printed without a newline at its end, by
+    stream.
     """
 
     run: int
@@ -80,6 +81,7 @@ class LogContext(msgspec.Struct):
     cached_ids: dict[str, Any] | None = None
     run_ids: dict[str, Any] | None = None
     partial_lines: dict[Callable[["LogContext", str], None], str] | None = None
+    run_id: str = ""
 
     def ids(self) -> dict[str, Any]:
         """The fields of each line: `run`, `flow`, and `ledger_id`, `trigger`, `task`, `attempt` if
@@ -90,7 +92,7 @@ class LogContext(msgspec.Struct):
             if self.run_ids is not None:
                 ids = self.run_ids.copy()
             else:
-                ids = {"run": format_id(self.run), "flow": self.flow}
+                ids = {"run": self.run_id or format_id(self.run), "flow": self.flow}
                 if self.event is not None:
                     ids["ledger_id"] = format_id(self.event)
                 if self.trigger:

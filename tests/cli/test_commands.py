@@ -75,6 +75,18 @@ def test_ls(shop: EventflowProcess):
     assert "\x1b[" not in "\n".join(text)
 
 
+def test_ls_names_the_flow_that_was_probably_meant(shop: EventflowProcess, tmp_path: Path):
+    """An empty list repeats its filters, and names the flow or trigger that is spelled alike."""
+    typo = eventflow(shop.folder, "ls", "--flow", "handel").stdout
+    assert (
+        typo == "no runs with --flow handel; the app has no flow 'handel': did you mean 'handle'?\n"
+    )
+    other = eventflow(shop.folder, "ls", "events", "--trigger", "hook", "--type", "x").stdout
+    assert other.startswith("no events with --trigger hook --type x; the app has no trigger 'hook'")
+    known = eventflow(shop.folder, "ls", "--flow", "handle", "--state", "dead").stdout
+    assert known == "no runs with --flow handle --state dead\n"
+
+
 def test_explain(shop: EventflowProcess):
     """`explain` says for each subscription what became of an event, by our id or the sender's, and
     how often it came.
