@@ -12,6 +12,7 @@ code calls), pending_calls.py (what the run waits for), journal_writer.py (what 
 attempts.py (task bodies), suspension.py (when it leaves memory), run_end.py (how it ends).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from functools import partial
@@ -185,8 +186,7 @@ class Execution(FlowCalls):
             if end.unawaited or self.pending.waiting:
                 end.outcome = report_lost_calls(
                     end.outcome,
-                    self.run_id,
-                    self.flow.name,
+                    self.log_context,
                     self.pending.waiting.values(),
                     end.unawaited if self.services.strict else None,
                 )
@@ -209,7 +209,7 @@ class Execution(FlowCalls):
 
     def on_busy_loop(self) -> None:
         if not self.loop.has_busy_looped:
-            log.warning("flow.busy_loop", run=self.run_id, flow=self.flow.name)
+            log.log_line("flow.busy_loop", logging.WARNING, {}, self.log_context)
         if self.run_end.outcome is not None or self.pending.answers:
             self.on_parked()
         else:
@@ -303,7 +303,7 @@ class Execution(FlowCalls):
                 self.end_run(outcome)
             case ReportFenced(reply):
                 reason = str(getattr(reply, "reason", reply))
-                log.warning("run.fenced", run=self.run_id, reason=reason)
+                log.log_line("run.fenced", logging.WARNING, {"reason": reason}, self.log_context)
                 if isinstance(reply, Fenced) or services.store.failed is None:
                     # If the claim is gone, the outcome is refused too; else a person must look.
                     self.end_run(NeedsAttention(f"the store refused an entry: {reason}"))
@@ -311,9 +311,8 @@ class Execution(FlowCalls):
                     self.close()
                     self._on_settled(self, Interrupted(), reply)
             case ReportFault(fault):
-                log.error(
-                    "run.internal_error", run=self.run_id, flow=self.flow.name, exc_info=fault
-                )
+                fields = {"exc_info": fault}
+                log.log_line("run.internal_error", logging.ERROR, fields, self.log_context)
                 what = error_line(fault)
                 outcome = NeedsAttention(
                     f"a defect in eventflow, or in an object of the app: {what}"
@@ -377,7 +376,8 @@ class Execution(FlowCalls):
         pending = self.pending
         action = pending.record(entry)
         if pending.journal.count == LONG_JOURNAL:
-            log.warning("journal.long", run=self.run_id, entries=LONG_JOURNAL)
+            fields = {"entries": LONG_JOURNAL}
+            log.log_line("journal.long", logging.WARNING, fields, self.log_context)
         if entry.kind is Kind.VALUE and self.services.checkpoints.is_used:
             self.services.forget_checkpoints(self.run_id, entry.call_key)
         if action is not None:

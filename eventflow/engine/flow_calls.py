@@ -6,6 +6,7 @@ current task before its coroutine exists.
 """
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterable
 from typing import Any, Final, NoReturn
 
@@ -172,12 +173,8 @@ class FlowCalls(Calls):
         self.give_up(timer)
 
     def on_callback_error(self, context: dict[str, Any]) -> None:
-        log.error(
-            "flow.callback_failed",
-            run=self.run_id,
-            problem=context.get("message"),
-            exc_info=context.get("exception"),
-        )
+        fields = {"problem": context.get("message"), "exc_info": context.get("exception")}
+        log.log_line("flow.callback_failed", logging.ERROR, fields, self.log_context)
 
     def on_unawaited(self, coro: Any) -> None:
         if self.run_end.is_open and not self.run_end.is_signalled:  # else its end dropped it
@@ -185,5 +182,5 @@ class FlowCalls(Calls):
             definition = format_location(code.co_filename, code.co_firstlineno)
             replaying = self.pending.is_replaying
             self.run_end.unawaited.append(
-                report_unawaited(coro, self.run_id, definition, is_replaying=replaying)
+                report_unawaited(coro, self.log_context, definition, is_replaying=replaying)
             )

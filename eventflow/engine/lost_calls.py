@@ -4,12 +4,13 @@ Python hides both: the first as a RuntimeWarning without a line, the second not 
 calls `report_lost_calls` when its flow has returned.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 from eventflow.core.errors import NotAwaited
 from eventflow.engine.awaitables import ChildCall, EmitCall, Pending
-from eventflow.logs.log import get_logger
+from eventflow.logs.log import LogContext, get_logger
 from eventflow.loop.unawaited import called_name, made_at, origin
 from eventflow.runs.run import Completed, Failed, Outcome
 from eventflow.sdk.task import TaskCall
@@ -30,7 +31,7 @@ LOG_EVENTS = {
 }
 
 
-def report_unawaited(coro: Any, run: str, definition: str, *, is_replaying: bool) -> str:
+def report_unawaited(coro: Any, lines: LogContext, definition: str, *, is_replaying: bool) -> str:
     """Logs a coroutine that was never awaited; returns `what at file:line`.
 
     `definition`: where the flow is defined, if the line of the call is not known.
@@ -38,7 +39,8 @@ def report_unawaited(coro: Any, run: str, definition: str, *, is_replaying: bool
     name = called_name(coro)
     at = origin(coro) or definition
     if not is_replaying:  # the line was logged when the flow took this step first
-        log.warning("call.not_awaited", run=run, call=name, at=at, hint="write `await` before it")
+        fields = {"call": name, "at": at, "hint": "write `await` before it"}
+        log.log_line("call.not_awaited", logging.WARNING, fields, lines)
     return f"{name} at {at}"
 
 
@@ -51,7 +53,10 @@ def returned_unawaited(name: str, coro: Any) -> NotAwaited:
 
 
 def report_lost_calls(
-    outcome: Outcome, run: str, flow: str, waiting: Iterable[Pending], unawaited: list[str] | None
+    outcome: Outcome,
+    lines: LogContext,
+    waiting: Iterable[Pending],
+    unawaited: list[str] | None,
 ) -> Outcome:
     """Logs the calls that the end of a completed flow cuts off. Returns the outcome: a failure if
     `unawaited` (None: not strict) names calls.
@@ -62,16 +67,14 @@ def report_lost_calls(
         target.call_key for target in waiting if isinstance(target, TaskCall | ChildCall | EmitCall)
     ]
     if cut_off:
-        log.warning(
-            "call.cut_off",
-            run=run,
-            flow=flow,
-            count=len(cut_off),
-            calls=cut_off[:MAX_LISTED],
-            hint="await them before the flow returns",
-        )
+        fields = {
+            "count": len(cut_off),
+            "calls": cut_off[:MAX_LISTED],
+            "hint": "await them before the flow returns",
+        }
+        log.log_line("call.cut_off", logging.WARNING, fields, lines)
     if unawaited:
         more = f" and {len(unawaited) - MAX_LISTED} more" if len(unawaited) > MAX_LISTED else ""
         listed = ", ".join(unawaited[:MAX_LISTED])
-        return Failed(encode_error(NotAwaited(flow, listed + more)))
+        return Failed(encode_error(NotAwaited(lines.flow, listed + more)))
     return outcome

@@ -12,6 +12,7 @@ import pytest
 from eventflow import App, emit, flow, sleep, task
 from eventflow.core.errors import NotAwaited
 from eventflow.logs.capture import configure
+from eventflow.logs.log import LogLine
 from eventflow.testing import VirtualClock, result_of, running
 
 pytestmark = pytest.mark.anyio
@@ -161,6 +162,16 @@ async def test_calls_that_the_return_cuts_off_are_a_warning() -> None:
     assert line["level"] == "warning"
     assert line["count"] == 1 + any("child" in call for call in line["calls"])
     assert any("slow" in call for call in line["calls"])
+
+
+async def test_the_warning_is_a_line_of_its_run_and_of_no_other() -> None:
+    """Of runs that end together, `eventflow logs RUN` shows each its own warning."""
+    lines: list[LogLine] = []
+    async with running(App("early"), lines=lines) as app:
+        runs = [await app.start(returns_too_early) for _ in range(5)]
+        await asyncio.gather(*(run.result() for run in runs))
+    cut_off = [(line.run, line.task) for line in lines if line.event == "call.cut_off"]
+    assert sorted(cut_off) == sorted((run.number, "") for run in runs)
 
 
 @flow
