@@ -5,9 +5,11 @@
 Times on a shared machine vary by half; the instructions of the same work vary by a few percent.
 Each mode of W1 (events accepted 100 at a time, and one at a time by 200 callers) runs under
 callgrind with 300 and with 1,300 events; the difference is what 1,000 runs take, without the start
-and the end of the process. Threads have callgrind's numbers; 1 is the main thread. With --gate the
-exit code is 1 when a mode takes more than its bound, which is for CPython 3.11 (counts of another
-version are only printed). Needs `valgrind` on the PATH: `apt install valgrind` on Debian.
+and the end of the process. A count above its bound is taken twice more, and the smallest is judged:
+how the threads take turns moves a count by a tenth. Threads have callgrind's numbers; 1 is the main
+thread. With --gate the exit code is 1 when a mode takes more than its bound, which is for CPython
+3.11 (counts of another version are only printed). Needs `valgrind` on the PATH: `apt install
+valgrind` on Debian.
 """
 
 import argparse
@@ -23,8 +25,9 @@ from benchmarks import load, ours
 from benchmarks.w4 import WRITES_BYTE_CODE
 
 EVENTS = (300, 1_300)
-BOUNDS = {"batch": 764_000, "single": 798_000}
+BOUNDS = {"batch": 590_000, "single": 645_000}
 """Instructions per run that --gate accepts: the measured number and 10 %."""
+COUNTS = 3
 GATED_PYTHON = (3, 11)
 TOTAL = re.compile(r"^(?:totals|summary): (\d+)", re.MULTILINE)
 MIN_INSTRUCTIONS = 100
@@ -77,6 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     passed = True
     for mode, bound in BOUNDS.items():
         threads = per_run(mode)
+        for _ in range(1, COUNTS):
+            if sum(threads.values()) > bound:
+                threads = min(threads, per_run(mode), key=lambda each: sum(each.values()))
         total = sum(threads.values())
         passed = passed and (total <= bound or not is_judged)
         parts = ", ".join(
