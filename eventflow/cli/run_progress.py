@@ -31,7 +31,7 @@ async def outcome_with_progress(app: App, run: int, flow: str) -> Outcome:
         while not (await asyncio.wait([waiting], timeout=timeout))[0]:
             # A run that waits for long leaves memory.
             if (execution := app.runtime.worker.executions.get(run)) is not None:
-                ended = len(execution.pending.journal.finals)
+                ended = execution.ended_calls
             _show(progress, ended)
     return await waiting
 

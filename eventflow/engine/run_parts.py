@@ -90,8 +90,8 @@ class RunParts(LoopHost, ABC):
         self.began_at = services.clock.now()
         self.has_parts = False
         self.first_call: TaskCall | Entry | None = None
-        """While there are no parts: the call whose body takes its first step now; then the value of
-        it, which the flow has received.
+        """The call whose body takes its first step now, before it is a pending call; without parts,
+        its value from then on, which the flow has received.
         """
         self.settled_as: Outcome | None = None
         """How the run was settled without parts."""
@@ -100,7 +100,6 @@ class RunParts(LoopHost, ABC):
 
     def make_parts(self, journal: Journal) -> None:
         """Makes the parts, around what has happened without them."""
-        self.has_parts = True
         services = self.services
         run = self.run
         run_end = RunEnd(services, self.flow, journal)
@@ -122,6 +121,7 @@ class RunParts(LoopHost, ABC):
             ),
             suspension=Suspension(services, self.flow.options, pending, self.rest),
         )
+        self.has_parts = True  # not before: other threads read the parts if it is set
         if isinstance(entry := self.first_call, Entry):
             self.note_value(entry)
         if self.settled_as is not None:
@@ -151,12 +151,19 @@ class RunParts(LoopHost, ABC):
         """
         return self.has_parts and (self.pending.is_replaying or self.run_end.will_resume)
 
+    @property
+    def ended_calls(self) -> int:
+        """How many calls and timers have ended. From any thread."""
+        if self.has_parts:
+            return len(self.pending.journal.finals)
+        return int(isinstance(self.first_call, Entry))
+
     def running_calls(self) -> list[RunningCall]:
         """The attempts under way, in the order of their calls. From any thread."""
         now = self.services.clock.monotonic()
         found: list[RunningCall] = []
-        waiting = list(self.pending.waiting.values()) if self.has_parts else [self.first_call]
-        for call in waiting:
+        waiting = self.pending.waiting.values() if self.has_parts else ()
+        for call in [self.first_call, *waiting]:
             if not isinstance(call, TaskCall) or not call.is_running:
                 continue
             times = call.times

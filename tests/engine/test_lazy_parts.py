@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from datetime import timedelta
 from operator import attrgetter
@@ -11,11 +12,14 @@ from typing import Any
 import orjson
 import pytest
 
+from eventflow import App
 from eventflow.engine import calls, run_parts
+from eventflow.engine.suspension import Suspension
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Completed, Failed
 from eventflow.sdk.flow import Flow, current_run, emit, flow, sleep, timeout
 from eventflow.sdk.task import current_task, task
+from eventflow.testing import journal_of, result_of, running
 from tests.engine.replay_check.simulation import Row, Simulation
 
 NAME: ContextVar[str] = ContextVar("name", default="unset")
@@ -396,3 +400,67 @@ def test_a_plain_run_makes_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (begun[1], len(made)) == (None, 1)
     assert Simulation().done(flow(in_sequence)).value == 16
     assert (begun[2] is not None, len(made)) == (True, 2)
+
+
+@pytest.mark.anyio
+async def test_a_look_from_another_thread_makes_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eventflow show` and the progress of `eventflow run` see a run's calls at any time: while its
+    first body runs, behind it, and while the parts are made.
+    """
+    seen: list[Any] = []
+
+    def look() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(look_here).result()
+
+    def look_here() -> None:
+        for run in app.runtime.worker.executions.values():
+            keys = [call.call_key for call in run.running_calls()]
+            seen.append((keys, run.ended_calls, run.has_parts))
+
+    def looks_while_made(*args: Any) -> Suspension:
+        look()
+        return Suspension(*args)
+
+    @task
+    async def looks() -> None:
+        look()
+
+    @flow
+    async def runs() -> None:
+        await looks()
+        look()
+        await double(1)
+
+    monkeypatch.setattr(run_parts, "Suspension", looks_while_made)
+    async with running(App("looks")) as app:
+        await result_of(app, runs)
+    assert seen == [(["looks#0"], 0, False), ([], 1, False), ([], 1, False)]
+
+
+FORGOTTEN: list[Any] = []
+
+
+@pytest.mark.anyio
+async def test_parts_that_are_made_during_the_first_body_have_its_value() -> None:
+    """A body that frees a call which the flow forgot is listed while it runs, and recorded."""
+    listed: list[Any] = []
+
+    @task
+    async def frees() -> int:
+        FORGOTTEN.clear()
+        for run in app.runtime.worker.executions.values():
+            listed.append((run.has_parts, [call.call_key for call in run.running_calls()]))
+        return 7
+
+    @flow
+    async def forgets() -> int:
+        FORGOTTEN.append(double(1))
+        return await frees() + await double(2)
+
+    async with running(App("forgets")) as app:
+        run = await app.start(forgets)
+        assert await run.result() == 11
+        recorded = [(each.call_key, each.value) for each in await journal_of(app, run)]
+    assert listed == [(True, ["frees#0"])]
+    assert recorded == [("frees#0", 7), ("double#1", 4)]
