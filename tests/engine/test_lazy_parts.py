@@ -378,6 +378,7 @@ def test_either_replays_the_journal_of_the_other(
 
 def test_a_plain_run_makes_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of one task whose body does not wait ends without them; the test of the tests above."""
+    monkeypatch.setattr(run_parts, "MAKES_ALL_PARTS", False)
     begun: list[Entry | None] = []
     begin = calls.begin_first_body
 
@@ -432,6 +433,7 @@ async def test_a_look_from_another_thread_makes_no_parts(monkeypatch: pytest.Mon
         look()
         await double(1)
 
+    monkeypatch.setattr(run_parts, "MAKES_ALL_PARTS", False)
     monkeypatch.setattr(run_parts, "Suspension", looks_while_made)
     async with running(App("looks")) as app:
         await result_of(app, runs)
