@@ -118,6 +118,9 @@ class Attempts(msgspec.Struct, eq=False):
         """
         self.running += 1
         attempt: StartedCoroutine = call.handle.get_coro()
+        if call.first_step.has_ended:  # the rest is for the loop's next turn
+            attempt.follow(self._attempt(call))
+            return
         self._flow_loop.run_outside(
             run_as_task,
             call.handle,

@@ -58,6 +58,10 @@ class StartedCoroutine(Coroutine[Any, Any, Any]):
         except BaseException as error:
             self.fail(error)
 
+    def follow(self, coro: Coroutine[Any, Any, Any]) -> None:
+        """Takes the first step when the task does."""
+        self._coro = coro
+
     def end(self) -> None:
         """There is nothing to do for the task."""
         self.has_ended = True
