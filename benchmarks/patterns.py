@@ -14,7 +14,7 @@ from itertools import islice
 from benchmarks.measure import Figure, alone
 from benchmarks.memory import resident
 from eventflow import App, Batch, Event, count, flow
-from eventflow.core.clock import SystemClock, to_datetime
+from eventflow.core.clock import Moment, SystemClock, to_datetime
 from eventflow.routing.pattern_machine import PatternItem, PatternState
 from eventflow.routing.patterns import compile_pattern
 from eventflow.routing.router import Router
@@ -118,7 +118,7 @@ def writer(app: App, events: int) -> float:
             connection,
             batch=1,
             at=now,
-            now=now,
+            read_at=Moment(now, 0.0),
             totals=totals,
             receiver=None,
             running={},
