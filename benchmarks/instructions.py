@@ -26,7 +26,7 @@ from benchmarks.w4 import WRITES_BYTE_CODE
 
 EVENTS = (300, 1_300)
 BOUNDS = {"batch": 590_000, "single": 645_000}
-"""Instructions per run that --gate accepts: the measured number and 10 %."""
+"""Instructions per run that --gate accepts: a usual count and 10 %."""
 COUNTS = 3
 GATED_PYTHON = (3, 11)
 TOTAL = re.compile(r"^(?:totals|summary): (\d+)", re.MULTILINE)

@@ -139,7 +139,7 @@ async def _get(location: LedgerLocation, path: str, **params: Any) -> dict[str, 
 
 
 async def _nothing_listed(location: LedgerLocation, kind: str, given: dict[str, Any]) -> str:
-    """That there is nothing, with the filters; and which flow or trigger was probably meant."""
+    """The line for an empty list: its filters, and which flow or trigger was probably meant."""
     shown = kind.replace("-", " ")
     if not given:
         return f"no {shown}"

@@ -122,8 +122,8 @@ def timer_at(
     since: Moment,
     call: Callable[[], None],
 ) -> Timer:
-    """Call `call` on `loop` once as much time has passed since `since` as `due_us` is later than
-    it, whatever happens to the wall clock.
+    """Call `call` on `loop` once `due_us - since.wall` microseconds have passed since `since`,
+    whatever happens to the wall clock.
 
     For due times that were computed in this process.
     """

@@ -75,7 +75,7 @@ async def read_http_body(
 
 
 def _add_part(body: bytearray, message: MutableMapping[str, Any], max_bytes: int) -> bool:
-    """Whether more parts follow."""
+    """Adds a part to `body`. Returns whether more parts follow."""
     if message["type"] != "http.request":
         raise ClientDisconnected
     body += message.get("body", b"")

@@ -1,6 +1,7 @@
 """Attempts: the bodies of one run's task calls, bounded in time and number, and their results.
 
     launch     a copy of the call's context, an asyncio task on the worker's loop
+    take_over  the same for a body that has taken its first step already (first_body.py)
     limits     the task's concurrency, the gate for crash suspects, the attempt's timeout
     end        a value → RecordValue · an error → AppendEntry (FAILED with a due time, or ERROR)
                abandoned → nothing
@@ -77,8 +78,8 @@ LOG_EVENTS = {
 class Attempts(msgspec.Struct, eq=False):
     """Launches and ends the attempts of one run. Everything here runs on the worker's loop.
 
-    `act` carries out an action. `end` tells whether the run still records anything. `running`
-    counts bodies: while there are any, the run is not idle.
+    `_carry_out` is `Execution.carry_out`. `_run_end` shows whether the run still records anything.
+    `running` counts bodies: while there are any, the run is not idle.
     """
 
     _services: WorkerServices
@@ -101,7 +102,7 @@ class Attempts(msgspec.Struct, eq=False):
         if call.times.asked_at is None:
             call.times.asked_at = self._services.clock.monotonic()
         self.running += 1
-        # What a body sets in its context, the next attempt's must not see.
+        # The next attempt must not see what this one sets in its context.
         may_retry = call.task.options.retries.attempts > 1
         context: Context = call.context.copy() if may_retry else call.context
         on_progress = self._on_checkpoint_progress if self.run.crash_suspect else None
@@ -113,7 +114,7 @@ class Attempts(msgspec.Struct, eq=False):
         call.handle = AttemptTask(self._attempt(call), loop=self._services.loop, context=context)
 
     def take_over(self, call: TaskCall) -> None:
-        """Goes on with an attempt whose body has taken its first step, in a step of the flow
+        """Continues an attempt whose body has taken its first step in a step of the flow
         (first_body.py).
         """
         self.running += 1

@@ -1,7 +1,7 @@
-"""The calls that a flow awaits: how one is made, begun and answered.
+"""The calls that a flow awaits: how one is made, started and answered.
 
-A call waits for its answer on a future of the flow's loop, but for one case: the first call of a
-run, if the flow waits for nothing else, is answered in the step that makes it, where its body ends
+A call waits for its answer on a future of the flow's loop, with one exception: the first call of a
+run is answered in the step that makes it, if the flow waits for nothing else and the body ends
 without waiting.
 """
 
@@ -76,7 +76,9 @@ class Calls(RunParts):
         )
 
     def _begin(self, call: TaskCall) -> Entry | None:
-        """The entry of its value, if its body has ended without waiting."""
+        """Starts the body. The entry of its value; None if the body waits or failed, which
+        `Attempts` then handles.
+        """
         services = self.services
         self.first_call = call
         entry = begin_first_body(services, self.run_id, self.log_context, self.loop, call)

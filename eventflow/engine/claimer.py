@@ -75,7 +75,7 @@ class Claimer:
         return self._flows[flow].options.concurrency
 
     def _set_due_timers(self, reply: Claimed) -> None:
-        """By both clocks: what is next may be due by either (store/set_clock.py)."""
+        """One timer by each clock: what is due next may go by either (store/set_clock.py)."""
         self.close()
         due = reply.next_due
         if due is not None:

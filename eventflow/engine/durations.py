@@ -28,7 +28,7 @@ class Durations:
         series[-1] += seconds
 
     def _new_series(self, name: str, outcome: str) -> list[float]:
-        """One that nobody reads, if there are too many."""
+        """A series for this key. With MAX_SERIES already, `read` does not return it."""
         series: list[float] = [0] * (len(BOUNDS) + 2)
         if len(self._series) < MAX_SERIES:
             self._series[name, outcome] = series

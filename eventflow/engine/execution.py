@@ -7,9 +7,10 @@
 
 `Worker` makes an Execution per run that it takes. Everything here runs on the worker's loop.
 Between two deliveries nothing outside reaches the flow, live or replaying: that makes it
-deterministic (loop/flow_loop.py). The parts of a run can be read alone: flow_calls.py (what flow
-code calls), pending_calls.py (what the run waits for), journal_writer.py (what it records),
-attempts.py (task bodies), suspension.py (when it leaves memory), run_end.py (how it ends).
+deterministic (loop/flow_loop.py). The parts of a run (run_parts.py) can be read alone:
+pending_calls.py (what the run waits for), journal_writer.py (what it records), attempts.py (task
+bodies), suspension.py (when it leaves memory), run_end.py (how it ends). So can the base classes:
+flow_calls.py (what flow code calls) and calls.py (how a call is answered).
 """
 
 import logging
@@ -93,7 +94,7 @@ class Execution(FlowCalls):
         journal: Journal | None,
         on_settled: OnSettled,
     ) -> None:
-        """`journal`: None where nothing is recorded yet."""
+        """`journal`: None if nothing of the run is recorded yet."""
         self._on_settled = on_settled
         self.has_flow_slot = True
         """Whether it counts for its flow's `concurrency`."""
@@ -439,7 +440,7 @@ class Execution(FlowCalls):
         services.posts.post(op, partial(self._on_settled, self, outcome))
 
     def _settle_at_once(self, root: FlowTask) -> bool:
-        """Settles a run that has made none of its parts. False: its result needs them."""
+        """Settles a run without parts. False: its end needs them."""
         if self.loop.has_made_tasks or root.cancelled() or root.exception() is not None:
             return False
         try:

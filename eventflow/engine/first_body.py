@@ -1,10 +1,11 @@
-"""The first call of a run of which nothing else exists yet, as long as its body does not wait.
+"""The first step of the body of a run's first call, before the run has any parts.
 
-The flow's only task awaits the call, so the flow is parked, and the body takes its first step at
-once. If it ends in that step, the flow receives the value in its own step, and nothing of the
-machinery that a longer run needs is made. Else attempts.py goes on with the body from there.
+The flow's only task awaits the call, so the flow is parked and the body may start at once. If the
+body ends in its first step, the flow receives the value in the step that made the call, and the run
+needs no parts (run_parts.py). Otherwise attempts.py continues the body after that step.
 
-`Execution` decides when; what a replay would deliver is the same either way (docs/design.md).
+`Calls.perform` (calls.py) decides when to do so. A replay delivers the same in both cases
+(docs/design.md).
 """
 
 import asyncio
@@ -37,12 +38,12 @@ class AttemptTask(asyncio.Task[Any]):
 def begin_first_body(
     services: WorkerServices, run_id: str, log: LogContext, flow_loop: FlowLoop, call: TaskCall
 ) -> Entry | None:
-    """The entry of the body's value. None: it waits, it failed, or its value needs more than an
-    entry; `Attempts.take_over` then goes on with the call, from the step taken here.
+    """The entry of the body's value. None: the body waits or failed, or its value needs more than
+    an entry; `Attempts.take_over` then continues the call after the step taken here.
     """
     context = call.context = copy_context()
     if call.task.options.retries.attempts > 1:
-        context = context.copy()  # what this body sets, that of the next attempt must not see
+        context = context.copy()  # the next attempt must not see what this one sets
     call.attempt = 1
     call.is_running = True
     times = call.times

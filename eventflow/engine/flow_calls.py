@@ -1,4 +1,4 @@
-"""The run as its flow code sees it: calls, timers, time. The other half of `Execution`.
+"""The run as its flow code sees it: calls, timers, time. The base class of `Execution`.
 
 The sdk (`sdk.flow.FlowCallPerformer`) and the `FlowLoop` call these methods, inside a step of the
 flow: their effect must be the same in a replay. Each call takes its key from the scope of the
@@ -41,7 +41,9 @@ NO_JOURNAL: Final = Journal()
 
 
 class FlowCalls(Calls):
-    """Turns what flow code asks for into pending calls. `carry_out` does what these answer."""
+    """Turns what flow code requests into pending calls. `carry_out` executes the actions that
+    these return.
+    """
 
     def make_coroutine(self) -> Coroutine[Any, Any, Any]:
         """The flow's coroutine, with its arguments bound. Sets the run's context variables.

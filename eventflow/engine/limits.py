@@ -186,7 +186,7 @@ class RunCapacity:
         return True
 
     def reserve_some(self, count: int) -> int:
-        """Takes room for up to `count` runs; for how many."""
+        """Takes room for up to `count` runs. Returns for how many."""
         with self._lock:
             taken = max(0, min(count, self.free))
             self.free -= taken

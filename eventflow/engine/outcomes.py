@@ -111,7 +111,7 @@ class Outcomes:
 
 
 def _log(execution: Execution, outcome: Outcome, at: int) -> None:
-    """The line has the run's ids."""
+    """Logs the outcome as a line of the run, with its ids."""
     context = execution.log_context
     match outcome:
         case Completed():

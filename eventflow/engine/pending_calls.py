@@ -85,8 +85,8 @@ class PendingCalls:
 
     @property
     def is_live(self) -> bool:
-        """Whether the last delivery was recorded after the journal was read: what the flow asks for
-        now, no earlier execution has asked for.
+        """Whether the last delivery was recorded after the journal was read: no earlier execution
+        has made the requests that the flow makes now.
         """
         last = self.last_delivered
         return last is not None and (not last.batch or last.batch > self._loaded_batch)
@@ -184,7 +184,7 @@ class PendingCalls:
         return taken
 
     def note_delivered(self, entry: Entry) -> None:
-        """The flow has received the value of its first call, before these calls were kept."""
+        """The flow has received the value of its first call before this object was made."""
         self.last_delivered = entry
         self.now = entry.at
         self._now_is_recorded = True

@@ -1,8 +1,8 @@
-"""What one run in memory is made of.
+"""The objects of one run in memory.
 
 Most runs have one event and one task whose body does not wait. Such a run needs its flow's loop and
-one recorded value. The other parts are made when the first of them is asked for: by a flow that
-waits, makes a second call, sets a timer or fails, or from outside by a cancel.
+one recorded value. The other objects, its parts, are made when the first of them is used: by a flow
+that waits, makes a second call, sets a timer or fails, or from outside by a cancel.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ from eventflow.sdk.task import TaskCall
 T = TypeVar("T")
 
 MAKES_ALL_PARTS = False
-"""Whether each run makes all parts at its start: tests compare both ways."""
+"""Whether each run makes all parts at its start. Tests compare the two."""
 
 SETTLED_LOOP = FlowLoop(DETACHED_HOST, AbstractEventLoop())
 """In place of the loops of settled runs, which are freed before the store has replied."""
@@ -90,8 +90,8 @@ class RunParts(LoopHost, ABC):
         self.began_at = services.clock.now()
         self.has_parts = False
         self.first_call: TaskCall | Entry | None = None
-        """The call whose body takes its first step now, before it is a pending call; without parts,
-        its value from then on, which the flow has received.
+        """While the body of the run's first call takes its first step: the call. After that, in a
+        run without parts: the entry of its value, which the flow has received.
         """
         self.settled_as: Outcome | None = None
         """How the run was settled without parts."""
@@ -99,7 +99,7 @@ class RunParts(LoopHost, ABC):
             self.make_parts(journal or Journal())
 
     def make_parts(self, journal: Journal) -> None:
-        """Makes the parts, around what has happened without them."""
+        """Makes the parts, in the state that the run has reached without them."""
         services = self.services
         run = self.run
         run_end = RunEnd(services, self.flow, journal)

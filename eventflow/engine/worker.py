@@ -210,7 +210,7 @@ class Worker:
     # (store.protocol.RunReceiver)
 
     def reserve(self, runs: Sequence[Run]) -> Sequence[Run]:
-        """Which of these runs, that are being recorded, go straight to memory. Writer thread."""
+        """Returns those of the runs being recorded that go straight to memory. Writer thread."""
         if not self.is_taking or self._claimer.has_backlog:
             return ()
         names = {run.flow for run in runs}

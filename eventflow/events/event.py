@@ -287,7 +287,7 @@ def format_id(ident: int) -> str:
 
 @lru_cache(maxsize=1024)
 def _first_letters(high: int) -> str:
-    """All but the last two letters. An event, its runs and their neighbours share them."""
+    """All but the last two letters. Ids that are made in a row share them."""
     pairs = _PAIRS
     return (
         f"{ALPHABET[high >> 50 & 31]}{pairs[high >> 40 & 1023]}{pairs[high >> 30 & 1023]}"

@@ -248,7 +248,7 @@ _DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 _SIGNS = b".+-"
 _LONG_RUN = b"0" * (MAX_EXACT_DIGITS + 1)
 _BLANKS = b" \t\r\n"
-# Texts of patterns, as _CODECS above: few processes read numbers that need them.
+# Patterns as text, like _CODECS above: few processes read numbers that need them.
 _LONG_NUMBER = rb"[0-9][0-9.]{%d,}(?:[eE][+-]?[0-9]+)?" % MAX_EXACT_DIGITS
 
 

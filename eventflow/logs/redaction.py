@@ -24,8 +24,8 @@ _NAMES: Final = (
 )  # fmt: skip
 _ENDINGS: Final = ("token", "pwd")
 
-# Below are texts of patterns, for `re.sub`: it compiles each at its first use, which most processes
-# never come to, and keeps it. All together take 1 ms to compile.
+# The patterns below are text. `re.sub` compiles and caches each at its first use, which most
+# processes never reach. To compile all of them takes 1 ms.
 
 _PAIR: Final = (
     r"""(?i)((?:password|passwd|passphrase|pwd|secret|token|api[-_]?key|private[-_]?key|access[-_]?key|signing[-_]?key|credential)"""
@@ -70,7 +70,7 @@ class Redactor:
             self._regard_new_secrets()
         scalars = self._scalars
         if self._clean_texts.issuperset(fields) and scalars.issuperset(map(type, fields.values())):
-            return True  # known names of numbers, as most lines have
+            return True  # known names with numbers, as in most lines
         for key, value in fields.items():
             if self._is_suspicious(key):
                 return False

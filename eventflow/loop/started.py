@@ -1,7 +1,7 @@
-"""A coroutine that takes its first step before the asyncio task that goes on with it.
+"""A coroutine whose first step is taken before its asyncio task is scheduled.
 
-`asyncio.Task(coro)` takes the first step in the loop's next turn, and costs that turn also where
-the coroutine never waits. Python 3.12 has `eager_start` for this; this module serves 3.11 too.
+`asyncio.Task(coro)` takes the first step in the loop's next turn, even if the coroutine never
+waits. Python 3.12 has `eager_start` for this; this module also works on 3.11.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ def run_as_task(
     step: Callable[..., T],
     *args: Any,
 ) -> T:
-    """Calls `step` as a step of `task`, which has not begun, in its context.
+    """Calls `step` as a step of `task`, in its context. The task must not have begun.
 
-    `loop` is the running loop, and no other task of it takes a step.
+    `loop` must be the running loop, outside a step of any other task.
     """
     asyncio._enter_task(loop, task)  # pyright: ignore
     try:
@@ -31,8 +31,9 @@ def run_as_task(
 
 
 class StartedCoroutine(Coroutine[Any, Any, Any]):
-    """Goes on with a coroutine from where `take_first_step` left it, for who awaits this object or
-    makes a task of it. A coroutine that has ended returns or raises then what it ended with.
+    """Continues a coroutine after `take_first_step`, when it is awaited or a task steps it.
+
+    If the coroutine has ended in its first step, this returns its value or raises its error.
     """
 
     __slots__ = ("_coro", "_error", "_is_waiting", "_value", "context", "has_ended")
@@ -59,11 +60,11 @@ class StartedCoroutine(Coroutine[Any, Any, Any]):
             self.fail(error)
 
     def follow(self, coro: Coroutine[Any, Any, Any]) -> None:
-        """Takes the first step when the task does."""
+        """Leaves also the first step of this coroutine to the task."""
         self._coro = coro
 
     def end(self) -> None:
-        """There is nothing to do for the task."""
+        """The task has nothing to do: it returns None in its first step."""
         self.has_ended = True
 
     def fail(self, error: BaseException) -> None:
@@ -72,12 +73,12 @@ class StartedCoroutine(Coroutine[Any, Any, Any]):
 
     @property
     def has_value(self) -> bool:
-        """Whether it has returned."""
+        """Whether the coroutine has returned."""
         return self.has_ended and self._error is None
 
     @property
     def value(self) -> Any:
-        """What it has returned."""
+        """What the coroutine has returned."""
         return self._value
 
     # ----------------------------------------------------------------- called by the task
@@ -128,7 +129,7 @@ class StartedCoroutine(Coroutine[Any, Any, Any]):
         return self.send(None)
 
     def __getattr__(self, name: str) -> Any:
-        """`cr_frame`, `__qualname__` and the like, for those who describe a task."""
+        """`cr_frame`, `__qualname__` and the like, which asyncio shows for a task."""
         return getattr(self._coro, name)
 
 

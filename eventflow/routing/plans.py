@@ -33,7 +33,7 @@ it is no delivery.
 
 class Incoming(msgspec.Struct, frozen=True, gc=False):
     """An event on its way to its subscriptions. `data`: the JSON of its data, None for bytes and
-    for none. `is_paused`: its trigger is. `depth`: emits from an outside event.
+    for none. `is_paused`: whether its trigger is paused. `depth`: emits from an outside event.
     """
 
     event: Event

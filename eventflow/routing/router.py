@@ -2,10 +2,10 @@
 
 The reactor (intake/) calls `Router.route_all` for the items of each call, the engine
 `route_emitted` for events that flows emit, `app.start` and the API `route_to_flow` for a run that a
-person starts. Each returns an `Arrival`: the event with one verdict per subscription, its runs and
-its dead letters, encoded for the store to insert in one transaction (store/protocol.py). The store
-in turn calls the router for run-state events (`RunEventSource`) and its `patterns` to advance
-patterns.
+person starts. They make an `Arrival` of each event: the event with one verdict per subscription,
+its runs and its dead letters, encoded for the store to insert in one transaction
+(store/protocol.py). The store in turn calls the router for run-state events (`RunEventSource`) and
+its `patterns` to advance patterns.
 
 What happens to the events of one type of one trigger is a plan (plans.py), made for the first of
 them. Nothing here waits or writes, and the content of an event never raises.
@@ -97,14 +97,14 @@ class Router:
     def route_all(
         self, trigger: str, items: Sequence[Event | Undecodable], is_paused: bool = False
     ) -> list[Arrival]:
-        """The arrivals of the items of one call of a trigger, which have arrived at the same time.
+        """The arrivals of the items of one call of a trigger, all with the same time of arrival.
 
-        `is_paused`: the trigger is, so the runs are recorded in state PAUSED.
+        `is_paused`: whether the trigger is paused; the runs are then recorded in state PAUSED.
         """
         plans = self.plans
         now = self._clock.now()
-        ids = 1 + len(self._by_trigger.get(trigger, ()))  # an event's, and those of its runs
-        ident = self.ids.next(now, ids * len(items))
+        ids_per_item = 1 + len(self._by_trigger.get(trigger, ()))  # of the event, and of its runs
+        ident = self.ids.next(now, ids_per_item * len(items))
         arrivals: list[Arrival] = []
         for item in items:
             if isinstance(item, Undecodable):
@@ -116,7 +116,7 @@ class Router:
                 except Exception as error:  # of this event: the others of its call are recorded
                     arrival = self._unstorable(trigger, item, error, now, ident)
             arrivals.append(arrival)
-            ident += ids
+            ident += ids_per_item
         return arrivals
 
     def route(

@@ -225,7 +225,7 @@ class Task(Generic[P, R]):
             and bool(code.co_flags & inspect.CO_COROUTINE)  # not `inspect.markcoroutinefunction`
             and not (options.timeout or options.concurrency or options.on_success)
         )
-        """Whether a body is a coroutine that needs nothing but the loop."""
+        """Whether a body is a coroutine without limits and hooks of its own (engine/calls.py)."""
         self._codec_name = codec
         signature = inspect.signature(fn)
         plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -1,10 +1,10 @@
 """What the queued operations decide in a transaction, and their replies.
 
 `Writer` calls `apply` once per batch, with its operations in the order posted. Events are inserted
-first, so that the ledger itself tells which are new; a decision is a row in a table of the
-transaction, which `Transaction.flush` writes. What is alike is decided as a list: plain events in
-`record_arrivals`, the ends of runs in `_settle`.
-Claims come last in a batch; they are in claim.py. Admin verbs (admin.py) use `deliver` too.
+first, so that the ledger itself shows which are new; a decision is a row in a table of the
+transaction, which `Transaction.flush` writes. Operations of one type are decided as a list: plain
+events in `record_arrivals`, the ends of runs in `_settle`. Claims come last in a batch; they are in
+claim.py. Admin verbs (admin.py) use `deliver` too.
 """
 
 from collections.abc import Callable, Mapping, Sequence

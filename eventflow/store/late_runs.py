@@ -20,7 +20,9 @@ MAX_RUNS_PER_SCAN = 20_000
 MAX_ID = (1 << 63) - 1
 
 _SET_BACK_MILLISECONDS = 60_000
-"""An id that is further ahead of the clock was made before it was set back; a scan takes less."""
+"""An id that is further ahead of the clock was made before the clock was set back: a scan, during
+which ids are made, takes less time.
+"""
 
 LATE_EVENT_TYPE = "eventflow.run.late"
 """The type of their events."""
@@ -90,7 +92,7 @@ def find(connection: sqlite3.Connection, wanted: Wanted, now: int) -> LateRuns:
     found: dict[int, list[int]] = {}
     next_scan: list[int] = []
     (newest,) = connection.execute("SELECT max(id) FROM runs").fetchone()
-    # Ids increase also under a clock that was set back, and tell nothing about an age then.
+    # Ids increase also while the clock is behind them, so they do not show the age of a run then.
     is_set_back = (newest or 0) >> 20 > now // 1000 + _SET_BACK_MILLISECONDS
     for (flow,) in connection.execute(_FLOWS).fetchall():
         for after, is_named in wanted(flow).items():

@@ -28,11 +28,11 @@ Value: TypeAlias = "int | str | bytes | None"
 Values: TypeAlias = "Sequence[Value]"
 
 _EVERY_SIZE_UP_TO = 16
-_MOST_ROWS = 128
+_MAX_ROWS = 128
 """Sizes of a statement, in rows: each up to 16, then the powers of two up to 128.
 
 Each text is prepared once, which costs some 20,000 instructions a row. More rows are split into a
-few of these sizes, so that nothing is bound that is not written.
+few of these sizes, so that only values that are written are bound.
 """
 
 _MAX_VARIABLES = 32_766
@@ -66,7 +66,7 @@ class BulkStatement:
         self._row = row
         self._tail = tail
         self._texts: dict[int, str] = {}
-        self._max_rows = _MOST_ROWS
+        self._max_rows = _MAX_ROWS
         while self._max_rows * row.count("?") > _MAX_VARIABLES:
             self._max_rows //= 2
 

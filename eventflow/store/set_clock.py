@@ -1,10 +1,9 @@
-"""What a commit does first when the wall clock was set since the last one: waits that are durations
-last as long as they were asked to.
+"""Moves due times in the store after the wall clock was set, so that durations keep their length.
 
-These are open windows and the retries of flows, which wait in the store however short they are. A
-run that sleeps there is due by the wall clock, and so is everything after a restart. The writer
-calls `shift_waits` before anything of the transaction is decided, and their due times are computed
-from its reading of the clock.
+The durations are open windows and the delays of `@flow(retries=)`, which wait in the store however
+short they are. A run that has left memory for a sleep is due by the wall clock, and so is
+everything after a restart. The writer calls `shift_waits` at the start of a transaction, before any
+decision; due times in the transaction are computed from the same reading of the clock.
 """
 
 import sqlite3
@@ -12,9 +11,9 @@ import sqlite3
 from eventflow.core.clock import SECOND, Moment
 from eventflow.store.rows import NEVER
 
-SET_BY = SECOND
-"""Microseconds between the two clocks, from one commit to the next, that count as a wall clock that
-was set: more than a thread may wait between its two readings.
+_MIN_STEP_US = SECOND
+"""The wall clock was set if it differs from the monotonic clock by more than this between two
+commits. A thread pauses for less between its readings of the two clocks.
 """
 
 _SHIFT_RUNS = f"""
@@ -22,7 +21,7 @@ _SHIFT_RUNS = f"""
     WHERE state IN (0, 2) AND due_at > 0 AND due_at < {NEVER} AND (
         (token = 0 AND mode IN ('batch', 'debounce'))
         OR (reason IS NOT NULL AND cancel_requested = 0))"""
-# The second is `RunRow.awaits_retry`.
+# The first condition is an open window, the second one is `RunRow.awaits_retry`.
 
 
 def step_between(last: Moment | None, now: Moment) -> int:
@@ -30,7 +29,7 @@ def step_between(last: Moment | None, now: Moment) -> int:
     if last is None:
         return 0
     step = last.time_left(now, now.wall)
-    return step if abs(step) > SET_BY else 0
+    return step if abs(step) > _MIN_STEP_US else 0
 
 
 def shift_waits(connection: sqlite3.Connection, step: int) -> None:

@@ -417,7 +417,7 @@ class SqliteStore:
         return removed
 
     async def backup(self, path: str) -> None:
-        from eventflow.store.backup import back_up  # as audit.py below: for administration only
+        from eventflow.store.backup import back_up  # as audit.py below: only for administration
 
         writer = self._open_writer()
         await self._submit(

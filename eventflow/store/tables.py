@@ -91,7 +91,7 @@ class Commit:
         self.totals[column] += n
 
     def add_deliveries(self, counts: Iterable[tuple[str, int]]) -> None:
-        """Adds new deliveries, so many for a term of P9's sum."""
+        """Adds new deliveries: pairs of a term of P9's sum and a number."""
         totals = self.totals
         for (column, n), times in Counter(counts).items():
             totals[column] += n * times
@@ -382,8 +382,8 @@ class RunRows:
     # ------------------------------------------------------------------- deciding
 
     def add(self, runs: Sequence[Run], sizes: Sequence[int]) -> None:
-        """New runs, of so many bytes: RUNNING at once if the worker reserves them, else in their
-        own state. Those with an ordering key start blocked.
+        """Adds new runs, with the bytes of each: RUNNING at once if the worker reserves them, else
+        in their own state. Those with an ordering key start blocked.
         """
         commit = self._commit
         commit.totals["runs"] += len(runs)
@@ -432,7 +432,7 @@ class RunRows:
         return row
 
     def _offer(self, due: Sequence[Run]) -> Sequence[Run]:
-        """Those of these due runs that the worker reserves; they are RUNNING."""
+        """Offers due runs to the worker. Returns those that it reserves, which are then RUNNING."""
         if not due:
             return ()
         commit = self._commit
@@ -461,7 +461,7 @@ class RunRows:
         self._count([row], before, state)
 
     def end(self, ended: Sequence[tuple[RunRow, Completed | Failed]], state: State) -> None:
-        """Running runs ended with these outcomes: they are COMPLETED, or FAILED."""
+        """Ends running runs with these outcomes. `state`: COMPLETED or FAILED."""
         for row, outcome in ended:
             row.state = state
             row.reason = None

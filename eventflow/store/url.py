@@ -36,7 +36,7 @@ def open_store(url: str, clock: Clock, *, read_only: bool = False, **options: An
         )
         raise UsageError(f"--store expected a file, found {found}")
     if read_only:
-        from eventflow.store.read_only import ReadOnlyStore  # the command line has a use for it
+        from eventflow.store.read_only import ReadOnlyStore  # only the command line uses it
 
         return ReadOnlyStore(path, clock=clock, **options)
     return SqliteStore(path, clock=clock, **options)

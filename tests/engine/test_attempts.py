@@ -451,7 +451,7 @@ def test_an_eager_task_factory_on_the_workers_loop_changes_nothing(
 def test_a_function_that_is_marked_as_a_coroutine_function_may_return_any_awaitable(
     sim: Simulation,
 ) -> None:
-    """Its value is that of the awaitable, which need not be a coroutine."""
+    """The value of the call is that of the awaitable, which need not be a coroutine."""
 
     class Ready:
         def __await__(self) -> Generator[Any, Any, int]:
@@ -474,7 +474,7 @@ def test_a_function_that_is_marked_as_a_coroutine_function_may_return_any_awaita
 @pytest.mark.anyio
 @pytest.mark.parametrize("waits", [False, True])
 async def test_what_a_body_prints_without_a_newline_is_a_line(*, waits: bool) -> None:
-    """It is logged when the body ends, under its task and attempt, whether or not it waits."""
+    """The text is logged when the body ends, with its task and attempt, whether or not it waits."""
 
     @task
     async def prints() -> None:

@@ -1,4 +1,4 @@
-"""A run that makes its parts when the first of them is needed does what one with all parts does."""
+"""A run whose parts are made when the first of them is used behaves as one with all its parts."""
 
 import asyncio
 import sys
@@ -347,7 +347,7 @@ def without_traceback(error: bytes) -> Any:
 def test_the_parts_do_not_change_what_is_recorded(
     program: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outcome, journal, times and number of commits are the same with and without them."""
+    """Outcome, journal, times and number of commits are the same with and without parts."""
     wrapped = flow(program)
     lazy = played(wrapped, monkeypatch, all_parts=False)
     full = played(wrapped, monkeypatch, all_parts=True)
@@ -377,7 +377,9 @@ def test_either_replays_the_journal_of_the_other(
 
 
 def test_a_plain_run_makes_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of one task whose body does not wait ends without them; the test of the tests above."""
+    """A run of one task whose body does not wait ends without parts: the tests above compare two
+    kinds of runs.
+    """
     monkeypatch.setattr(run_parts, "MAKES_ALL_PARTS", False)
     begun: list[Entry | None] = []
     begin = calls.begin_first_body

@@ -192,7 +192,7 @@ async def test_a_returned_call_fails_with_await(tested: Any) -> None:
 
 
 async def test_a_call_that_a_body_returns_names_no_line_of_the_flow() -> None:
-    """The flow did not make the call, so the error does not point there."""
+    """The error names no line of the flow, because the flow did not make the call."""
     async with running(App("mistaken")) as app:
         with pytest.raises(NotAwaited, match="never awaited task 'load'; the call did not run"):
             await result_of(app, awaits_it)

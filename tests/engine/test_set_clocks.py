@@ -195,14 +195,14 @@ async def test_a_clock_that_is_set_at_any_reading(what: str, jump: timedelta) ->
 @pytest.mark.parametrize("jump", JUMPS)
 @pytest.mark.parametrize("what", ["batch", "debounce", "retry"])
 async def test_windows_and_retries_under_a_clock_that_is_set(what: str, jump: timedelta) -> None:
-    """So do the window of a subscription and the delay between two attempts of a flow, which the
-    store keeps.
+    """The window of a subscription and the delay between two attempts of a flow, which the store
+    keeps, last as long as they were asked to.
     """
     await at_each_reading(run_stored, what, jump)
 
 
 async def test_a_late_run_under_a_clock_that_was_set_back() -> None:
-    """A run that begins after the clock was set back is late in time."""
+    """A run that begins after the clock was set back is reported as late on time."""
     clock = SetClock(-3600 * SECOND)
     late = asyncio.Event()
 

@@ -174,7 +174,7 @@ def test_it_ends_as_a_task_ends(program: Program, *, cancelled: bool) -> None:
 
 @pytest.mark.parametrize("program", [cancels_itself_with_a_message, cancels_what_it_gathers])
 def test_the_message_of_a_cancel_reaches_the_coroutine(program: Program) -> None:
-    """Libraries recognize their own cancels by it."""
+    """The coroutine receives the message of a cancel: libraries recognize their cancels by it."""
     mine, theirs = asyncio.run(both(program, cancelled=False))
     assert mine == theirs
     assert "the reason" in mine[0]
@@ -200,7 +200,7 @@ def test_the_first_step_is_taken_at_once_and_in_the_context_of_the_task() -> Non
 
 
 def test_a_loop_that_closes_closes_the_coroutine() -> None:
-    """A task that never goes on closes its coroutine, whose `finally` blocks run."""
+    """A task that never continues closes its coroutine, whose `finally` blocks run."""
     ended: list[str] = []
 
     async def body() -> None:

@@ -173,8 +173,8 @@ def test_data_that_is_no_json_is_a_dead_letter():
 
 
 def test_the_items_of_a_call_arrive_together():
-    """They have one time, and ids in their order, which none of them shares with a run; an item
-    that is no event, or cannot be recorded, costs the others nothing.
+    """The items of one call have one time of arrival, and ids in their order, which no run shares;
+    an item that is no event, or cannot be recorded, does not affect the others.
     """
     items = [
         event(ORDER, id="1"),

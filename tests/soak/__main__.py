@@ -227,7 +227,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar="FIGURE[/N]",
-        help="a figure that is to grow with each order, or every N-th, to see it found",
+        help="make a figure grow with each order, or every N-th: the soak must find it",
     )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="eventflow-soak-"))

@@ -84,7 +84,7 @@ LEAKS = {
         each.partition("/") for each in os.environ.get("SOAK_LEAK", "").split(",")
     )
 }
-"""By the figure, how many orders to one leak."""
+"""By figure, the number of orders for one leak."""
 BROKER = os.environ.get("SOAK_BROKER", "localhost:9092")
 MEMBER: dict[str, Any] = {"session_timeout_ms": 6_000, "rebalance_timeout_ms": 1_000}
 
@@ -423,8 +423,8 @@ async def fill(size: int, enter: Callable[[Callable[[], int]], Awaitable[int]]) 
 class FilledPools:
     """A trigger that fills all pools, and has an event when they are full.
 
-    A pool that gets its last thread when some moment has more work than any before looks like a
-    leak, however late that is. The sizes are the product's own.
+    A pool that gets its last thread late, when more work waits than ever before, looks like a
+    leak. The sizes are the product's own.
     """
 
     name = "pools"

@@ -140,8 +140,8 @@ class Change:
 
 
 def changes(samples: Sequence[Sample], warm_up: float, figure: str) -> list[Change]:
-    """Of each kind that the figure counts, those that rose most first. Left out is what most
-    samples do not have.
+    """The change of each kind that the figure counts, the largest rise first. Kinds that most
+    samples do not have are left out.
     """
     judged = [sample.kinds.get(figure, {}) for sample in samples if sample.at >= warm_up]
     tenth = max(3, len(judged) // 10)

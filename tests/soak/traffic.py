@@ -130,7 +130,7 @@ class Traffic:
 
     async def _order(self, ident: str, n: int) -> None:
         """A tenth of them twice: the second is a duplicate, and starts nothing. It comes on a new
-        connection, which now the server closes and now the sender.
+        connection, which the server and the sender close in turn.
         """
         self.account.expect(ident, "order", "account")
         body = {"id": ident, "n": n, "customer": n % 50}
