@@ -41,7 +41,7 @@ BROAD_EXCEPTS = {
     "eventflow/engine/flow_calls.py": 1,  # around an emission
     "eventflow/engine/outcomes.py": 1,  # a result that cannot be read has no hook
     "eventflow/engine/run_end.py": 1,  # around the encoding of a result
-    "eventflow/loop/started.py": 1,  # the task that goes on with the coroutine raises it
+    "eventflow/loop/started.py": 1,  # the task that continues the coroutine raises it
     "eventflow/engine/worker.py": 2,  # around the start of a run
     "eventflow/server/watchdog.py": 1,  # the end of the watchdog ends the process
     "eventflow/engine/execution.py": 3,  # around a run, the binding of its arguments, its result

@@ -110,7 +110,7 @@ def read_moment(clock: Clock, *, not_before: int = 0) -> Moment:
 
     A clock without a method `monotonic_timer` has one time only, like `VirtualClock`.
     """
-    wall = clock.now()  # first: then a wait is too long by what passes in between, never too short
+    wall = clock.now()  # read first, so that a wait may be slightly too long, never too short
     has_both = getattr(clock, "monotonic_timer", None) is not None
     return Moment(max(wall, not_before), clock.monotonic() if has_both else wall / SECOND)
 

@@ -156,7 +156,7 @@ def _call_form(name: str, signature: inspect.Signature) -> str:
     return f"{name}({', '.join((form or options[:1]) + ['...'] * has_more)})"
 
 
-@functools.cache  # at the first call: at import, all declarations together would take a millisecond
+@functools.cache  # not at import, where all declarations together would take 1 ms
 def _option_names(fn: Callable[..., Any]) -> tuple[str, ...] | None:
     """The names that keyword arguments may have; None if any other name is taken too."""
     names: list[str] = []

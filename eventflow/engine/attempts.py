@@ -119,7 +119,7 @@ class Attempts(msgspec.Struct, eq=False):
         """
         self.running += 1
         attempt: StartedCoroutine = call.handle.get_coro()
-        if call.first_step.has_ended:  # the rest is for the loop's next turn
+        if call.first_step.has_ended:  # its result is handled in the loop's next turn
             attempt.follow(self._attempt(call))
             return
         self._flow_loop.run_outside(

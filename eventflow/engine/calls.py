@@ -54,7 +54,7 @@ class Calls(RunParts):
         except BaseException:
             self.give_up(call)
             raise
-        finally:  # an error refers to this frame, and must not be referred to by it
+        finally:  # breaks a cycle: an error refers to this frame
             call.future = None
             del future
 

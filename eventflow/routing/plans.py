@@ -84,7 +84,7 @@ class RoutePlan:
         key = identity(self._trigger, event.source, event.id)
         if event.subject is not None or b"null" in body:
             check_storable(event, body)
-        # Positional, and the rare fields apart: by name, this costs as much as all the encoding.
+        # Positional, and rare fields are set later: keywords cost as much as all the encoding.
         arrival = Arrival(
             ident,
             self._trigger,

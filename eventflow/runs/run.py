@@ -184,9 +184,9 @@ steps lie far apart.
 class Ids:
     """63-bit ids that only grow: milliseconds << 20 | counter. Thread-safe.
 
-    In each new millisecond the counter goes on from where it was by `ID_STEP`, so that the last
-    four letters tell neighbours apart. `floor` is the largest id that may be in use (read from the
-    store at open), so that no id repeats when the clock is set back.
+    In each new millisecond the counter advances by `ID_STEP`, so that the last four letters of
+    neighbours differ. `floor` is the largest id that may be in use (read from the store at open),
+    so that no id repeats when the clock is set back.
     """
 
     def __init__(self, floor: int = 0) -> None:

@@ -185,9 +185,9 @@ class TaskCall(msgspec.Struct, eq=False):
     body: TaskContext | None = None  # of the current attempt, or the last one
     attempt: int = 0  # the number of the current attempt, or the last one
     failed_attempts: int = 0  # since the last manual retry; for Retry.attempts
-    since: Moment | None = None  # from which the next attempt's due time was computed
+    since: Moment | None = None  # the moment from which the next attempt's due time was computed
     is_running: bool = False  # whether a body is executing
-    first_step: Any = None  # of a body that began before its attempt
+    first_step: Any = None  # StartedCoroutine of a body that began before `Attempts` had the call
     thread: Any = None  # where a plain `def` body runs
     times: CallTimes = msgspec.field(default_factory=CallTimes)
 

@@ -324,9 +324,9 @@ class RunRows:
         self.ended: list[RunRow] = []  # became HELD, or ended
         self._commit = commit
         self._receiver = receiver
-        self._touched: list[RunRow] = []  # perhaps not RUNNING any more
+        self._touched: list[RunRow] = []  # may have left RUNNING
         self._added: list[Values] = []
-        self._started: list[tuple[Run, int]] = []  # added, and reserved by the worker; their sizes
+        self._started: list[tuple[Run, int]] = []  # reserved by the worker; with their sizes
         self._ended: dict[State, list[tuple[RunRow, Any]]] = {COMPLETED: [], FAILED: []}
         self._changed: dict[int, RunRow] = {}
         self._woken: set[int] = set()

@@ -238,7 +238,7 @@ def test_run_by_the_server(shop: EventflowProcess):
 
 
 def test_another_place(shop: EventflowProcess):
-    """`--url` with $EVENTFLOW_TOKEN reaches a server elsewhere; a wrong token is told with 4."""
+    """`--url` with $EVENTFLOW_TOKEN reaches a server elsewhere; a wrong token is exit code 4."""
     elsewhere = shop.folder / "elsewhere"
     elsewhere.mkdir()
     done = eventflow(elsewhere, "ls", "--url", shop.url, EVENTFLOW_TOKEN=shop.token)

@@ -68,7 +68,7 @@ async def test_a_flow_called_like_a_function_is_a_warning() -> None:
 
 
 async def test_a_flow_called_in_a_task_is_a_warning() -> None:
-    """A task body that awaits a flow starts no run, and is told where that is possible."""
+    """A task body that awaits a flow starts no run, and a warning names where that is possible."""
 
     async def act(app: App) -> None:
         assert await result_of(app, has_a_task_that_does, x=3) == 6

@@ -49,7 +49,7 @@ FIGURES = (
         name="memory", what="memory but for page caches", allowed=4 * MB, share=0.03,
         scale=MB, unit=" MB",
     ),
-    # Opened and closed with each effect, file and request: the median of many does not move. The
+    # Descriptors open and close with each effect, file and request; their median does not move. The
     # senders keep one connection each.
     Figure(name="descriptors", what="open descriptors", allowed=2),
     # The app fills each pool at its start. A few threads come and go.
