@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
 from eventflow.core.clock import Clock, sleep_for
@@ -21,6 +22,7 @@ try:
     from aiobotocore.config import AioConfig  # pyright: ignore[reportMissingTypeStubs]
     from aiobotocore.session import AioSession  # pyright: ignore[reportMissingTypeStubs]
     from aiohttp import ClientError as HttpError
+    from botocore import utils as botocore_utils  # pyright: ignore[reportMissingTypeStubs]
     from botocore.exceptions import (  # pyright: ignore[reportMissingTypeStubs]
         BotoCoreError,
         ClientError,
@@ -76,6 +78,8 @@ class S3Endpoint:
         if self._session is None:
             self._session = cast(Any, AioSession)()
             self._session_is_ours = True
+            parsers = self._session.get_component("response_parser_factory")
+            parsers.set_parser_defaults(timestamp_parser=_time_or_none)
         if self._session_is_ours:
             await asyncio.to_thread(_load_service_models, self._session, service)
         options = {**self._options}
@@ -112,6 +116,17 @@ class S3Endpoint:
                 "response_checksum_validation": "when_required",
             }
         return cast(Any, AioConfig)(**config)
+
+
+def _time_or_none(text: str) -> datetime | None:
+    """A time of a response, in UTC; None for one that no calendar has, whose error would cost the
+    whole response.
+    """
+    try:
+        moment: datetime = cast(Any, botocore_utils).parse_timestamp(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _load_service_models(session: Any, service: str) -> None:

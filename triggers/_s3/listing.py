@@ -266,7 +266,7 @@ class ListingScan:
             key=found.key,
             size=found.size,
             etag=found.etag or None,
-            time=to_datetime(found.modified),
+            time=to_datetime(found.modified) if found.modified else None,
             reason="Listed",
         )
         return to_event(notification, ident=listed_event_id(self._known.bucket, found))

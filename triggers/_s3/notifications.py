@@ -318,7 +318,9 @@ def event_data(notification: Notification) -> dict[str, Any]:
 
 
 class ListedObject(msgspec.Struct, frozen=True):
-    """One listed object. `modified`: microseconds; in some stores when the upload began."""
+    """One listed object. `modified`: microseconds, in some stores when the upload began; 0: none
+    that can be read.
+    """
 
     key: str
     size: int

@@ -1,0 +1,43 @@
+"""One odd object in a listing robs and stops no other."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.aws import Aws, Bucket, Queue, ministack
+from tests.faults import listing, proxied
+from tests.triggers.buckets import landing
+from tests.triggers.test_s3_listing import KEYS, page_of
+
+__all__ = ["ministack"]
+
+
+@pytest.mark.parametrize(
+    "time",
+    ["30828-09-14T02:48:05.477Z", "0000-00-00T00:00:00Z", "9999-12-31T23:59:59-05:00", ""],
+)
+@pytest.mark.parametrize("with_queue", [False, True], ids=["alone", "beside a queue"])
+def test_a_time_that_no_calendar_has_costs_no_page(ministack: Aws, time: str, with_queue: bool):
+    """An object with any LastModified is an event, without the time if it cannot be read, and so
+    are the others of its page; a second scan brings none again.
+    """
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        page = page_of(bucket.name, *KEYS, truncated=False)
+        odd = page.replace("2026-11-22T10:00:00.000Z", time, 1)
+        options: dict[str, Any] = {"prefix": "in/"}
+        if with_queue:
+            options |= {"queue": Queue(ministack).url, "reconcile": 0.2}
+        with proxied(ministack.url) as proxy:
+            proxy.fail(listing, (200, odd))
+            async with landing(ministack, bucket.name, endpoint_url=proxy.url, **options) as here:
+                await here.has(*KEYS)
+                await here.scanned()
+                await here.scanned()
+                times = {event.data["key"]: event.time for event in here.events}
+                assert [key for key, at in times.items() if at is None] == ["in/0"]
+            assert len(here.ledger.offered) == len(KEYS)
+
+    asyncio.run(main())
