@@ -4,6 +4,7 @@ ran with these at that time.
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -28,6 +29,10 @@ START = datetime(2026, 1, 5, tzinfo=UTC)
 @flow
 async def retrain(drift: Drift) -> str:
     return drift.status
+
+
+@flow
+async def archive(event: Event) -> None: ...
 
 
 def rows(seed: int = 3) -> list[list[Row]]:
@@ -267,7 +272,28 @@ def test_filters_and_patterns_match_simulated_events():
             assert three["key"] == "prices" and all(
                 label.startswith("simulated-") for label in three["events"]
             )
-            assert await simulated(app, changed, type="drift.escalated") != (reported, answer)
+
+    asyncio.run(main())
+
+
+def test_a_type_selects_simulated_events_and_not_what_they_are_made_of():
+    """With record=True the rows have another type: they are counted all the same, and of what they
+    give only the events of the type that was asked for are reported and start runs.
+    """
+
+    async def main() -> None:
+        async with fed(app_of(record=True)) as app:
+            changed = app_of(record=True, warn=0.05, alert=0.15, cooldown=0, confirm=1)
+            changed.on(*changed.triggers, archive, types=["rows"], name="rows")
+            _, answer = await simulated(app, changed)
+            types = Counter(each["type"] for each in answer["simulated"])
+            assert len(types) >= 2
+            for kind, number in types.items():
+                _, chosen = await simulated(app, changed, type=kind)
+                assert [each["type"] for each in chosen["simulated"]] == [kind] * number
+                assert chosen["would_start"] == number
+            _, chosen = await simulated(app, changed, type="rows")
+            assert (chosen["would_start"], chosen["simulated"]) == (len(rows()), [])
 
     asyncio.run(main())
 
