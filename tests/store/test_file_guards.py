@@ -364,6 +364,20 @@ async def test_files_are_private(tmp_path: Path):
     store.close()
 
 
+def test_the_default_folder_is_kept_out_of_git(tmp_path: Path):
+    """A `.eventflow` that a store makes has a `.gitignore` for all of it; one that was there, and a
+    folder of another name, are left as they are.
+    """
+    there = tmp_path / "there" / ".eventflow"
+    there.mkdir(parents=True)
+    for folder in (tmp_path / "new" / ".eventflow", there, tmp_path / "data"):
+        store = SqliteStore(folder / "a.db", clock=ManualClock(), ballast=0)
+        store.open()
+        store.close()
+    assert (tmp_path / "new" / ".eventflow" / ".gitignore").read_text() == "*\n"
+    assert [path.parent.parent.name for path in tmp_path.rglob(".gitignore")] == ["new"]
+
+
 def test_row_9_a_folder_that_cannot_be_written(tmp_path: Path):
     """StoreUnwritable, exit 73, in one line that names the store; for a read-only store
     file too.
