@@ -12,6 +12,7 @@ import sys
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import msgspec
 import pydantic
@@ -27,6 +28,8 @@ from eventflow.serialization.codecs import ResultCodec, fingerprint
 from eventflow.serialization.tagged_json import deep_equal
 
 WORDS = [f"word-{n}" for n in range(12)]
+TWICE = dt.datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin"))
+"""The second one of an hour that the clocks show twice."""
 
 
 class Colour(enum.Enum):
@@ -54,6 +57,21 @@ class Model(pydantic.BaseModel):
     @property
     def upper(self) -> set[str]:
         return {tag.upper() for tag in self.tags}
+
+
+class Private(pydantic.BaseModel):
+    """With a field that is not set, and an attribute that `==` of its fields does not see."""
+
+    name: str
+    tags: set[str] = set()
+    at: dt.datetime | None = None
+    _seen: set[str] = pydantic.PrivateAttr(default_factory=set)
+
+
+@dataclasses.dataclass
+class Uncompared:
+    at: dt.datetime
+    notes: set[str] = dataclasses.field(default_factory=set, compare=False)
 
 
 class Root(pydantic.RootModel[dict[str, set[str]]]):
@@ -125,6 +143,12 @@ def values() -> dict[str, Any]:
         "in a list": [{"a": [words]}],
         "at": {"at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC), "of": Struct(words)},
     }
+
+
+def private() -> Private:
+    model = Private(name="a", at=TWICE)
+    model._seen = set(WORDS)
+    return model
 
 
 def child_of(value: Any) -> ChildCall | None:
@@ -204,6 +228,9 @@ RESULTS: dict[str, tuple[Any, Any]] = {
     "root": (Root({"a": {"b", "c", "d"}}), Root),
     "colours": ({Colour.RED, Colour.BLUE}, set[Colour]),
     "nan": ({"x": float("nan")}, dict[str, float]),
+    "fold": ({"at": TWICE}, dict[str, dt.datetime]),
+    "uncompared": (Uncompared(TWICE, set(WORDS)), Uncompared),
+    "private": (private(), Private),
     PICKLED: ({"a": {"b", "c"}}, None),
 }
 """Results, each with the annotation that stores it."""
