@@ -11,9 +11,20 @@ import pytest
 from eventflow.core.clock import SECOND, SystemClock
 from tests.triggers.hooks import Hook, over_http
 from tests.triggers.serving import digest
-from triggers.signatures import Bearer, GitHub, GitLab, Shopify, Stripe, Vendor
+from triggers.signatures import (
+    Bearer,
+    GitHub,
+    GitLab,
+    MLflow,
+    Shopify,
+    Slack,
+    StandardWebhooks,
+    Stripe,
+    Vendor,
+)
 
 SECRET = "s3cret"
+STANDARD_SECRET = "whsec_" + base64.b64encode(SECRET.encode() * 4).decode()
 
 Request = tuple[dict[str, Any], dict[str, str]]
 """A body and the sender's headers."""
@@ -32,10 +43,32 @@ def gitlab(body: dict[str, Any], **headers: str) -> Request:
     return body, {"x-gitlab-token": SECRET, **named}
 
 
-def sign(verify: Any, content: bytes) -> dict[str, str]:
-    """The signature header of a preset; none for those of a token."""
+def sign(verify: Any, content: bytes, given: dict[str, str]) -> dict[str, str]:
+    """The headers of a preset's signature at this time; none for those of a token."""
     mac = digest(SECRET.encode(), content)
+    stamp = str(SystemClock().now() // SECOND)
     match getattr(verify, "vendor", None):
+        case Vendor(name="Slack"):
+            mac = digest(SECRET.encode(), f"v0:{stamp}:".encode(), content)
+            return {
+                "x-slack-signature": f"v0={mac.hex()}",
+                "x-slack-request-timestamp": stamp,
+            }
+        case Vendor(name="MLflow"):
+            signed = f"{given['x-mlflow-delivery-id']}.{stamp}.".encode()
+            mac = digest(SECRET.encode(), signed, content)
+            return {
+                "x-mlflow-signature": f"v1,{base64.b64encode(mac).decode()}",
+                "x-mlflow-timestamp": stamp,
+            }
+        case Vendor(name="StandardWebhooks"):
+            family = "svix" if "svix-id" in given else "webhook"
+            signed = f"{given[f'{family}-id']}.{stamp}.".encode()
+            mac = digest(SECRET.encode() * 4, signed, content)
+            return {
+                f"{family}-signature": f"v1,{base64.b64encode(mac).decode()}",
+                f"{family}-timestamp": stamp,
+            }
         case Vendor(name="Shopify"):
             return {"x-shopify-hmac-sha256": base64.b64encode(mac).decode()}
         case Vendor(name="GitHub"):
@@ -94,6 +127,39 @@ SENDERS: dict[str, tuple[Any, list[Request], list[Request]]] = {
         ],
         [({"ref": "main"}, {"x-github-event": "push", "x-github-delivery": "g1"})],
     ),
+    "slack: events of one team, and a retry": (
+        Slack(SECRET),
+        [
+            ({"event_id": "Ev1", "event": {"type": "message"}}, {}),
+            ({"event_id": "Ev2", "event": {"type": "message"}}, {}),
+        ],
+        [
+            (
+                {"event_id": "Ev1", "event": {"type": "message"}},
+                {"x-slack-retry-num": "1", "x-slack-retry-reason": "http_timeout"},
+            )
+        ],
+    ),
+    "mlflow: deliveries": (
+        MLflow(SECRET),
+        [
+            ({"entity": "model_version", "action": "created"}, {"x-mlflow-delivery-id": "d1"}),
+            ({"entity": "model_version", "action": "created"}, {"x-mlflow-delivery-id": "d2"}),
+        ],
+        [({"entity": "model_version", "action": "created"}, {"x-mlflow-delivery-id": "d1"})],
+    ),
+    "standard webhooks: messages, in either family": (
+        StandardWebhooks(STANDARD_SECRET),
+        [
+            ({"type": "invoice.paid"}, {"webhook-id": "m1"}),
+            ({"type": "invoice.paid"}, {"webhook-id": "m2"}),
+            ({"type": "invoice.paid"}, {"svix-id": "m3"}),
+        ],
+        [
+            ({"type": "invoice.paid"}, {"webhook-id": "m1"}),
+            ({"type": "invoice.paid"}, {"svix-id": "m3"}),
+        ],
+    ),
     "cloudevents ids of two sources": (
         "none",
         [
@@ -132,7 +198,8 @@ def test_one_id_is_one_event(name: str):
     async def check(hook: Hook) -> None:
         async def send(request: Request) -> int:
             content = json.dumps(request[0]).encode()
-            return (await hook.post(content, **request[1], **sign(verify, content))).status_code
+            headers = {**request[1], **sign(verify, content, request[1])}
+            return (await hook.post(content, **headers)).status_code
 
         assert [await send(each) for each in events] == [202] * len(events)
         assert [await send(each) for each in repetitions] == [200] * len(repetitions)
