@@ -387,3 +387,53 @@ def test_a_dead_thread_ends_the_process(tmp_path: Path) -> None:
         assert "the thread of the flow loop has ended" in served.log
     finally:
         served.kill()
+
+
+KILLER = """
+import asyncio, ctypes, threading
+from eventflow import App, flow, task
+
+@task
+async def exit_in(name: str) -> None:
+    (thread,) = [each for each in threading.enumerate() if each.name == name]
+    exit = ctypes.py_object(SystemExit)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), exit)
+
+@task
+async def works() -> None:
+    print("a line")
+    await asyncio.sleep(0.01)
+
+@flow
+async def ends(name: str) -> None:
+    await exit_in(name)
+    while True:
+        await works()
+
+app = App("dies")
+app.add(ends)
+"""
+
+
+@pytest.mark.parametrize(
+    ("thread", "code", "reason"),
+    [
+        ("eventflow-store", 74, "SystemExit"),
+        ("eventflow-log-output", 70, "the thread of the log has ended"),
+        ("eventflow-log-store", 70, "the thread of the log store has ended"),
+        ("eventflow-watchdog", 70, "the watchdog has ended"),
+    ],
+)
+def test_a_dead_thread_ends_the_process_whichever_it_is(
+    tmp_path: Path, thread: str, code: int, reason: str
+) -> None:
+    """An error that reaches a thread of ours ends the process with the reason."""
+    (tmp_path / "dies.py").write_text(KILLER)
+    served = EventflowProcess(tmp_path, "dies.py")
+    try:
+        assert served.wait_ready()
+        served.start("ends", name=thread)
+        assert served.wait() == code
+        assert reason in served.log
+    finally:
+        served.kill()
