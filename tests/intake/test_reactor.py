@@ -376,6 +376,42 @@ def test_the_line_of_a_batched_event_names_its_run(caplog: pytest.LogCaptureFixt
     assert first.rpartition("run ")[2] == second.rpartition("run ")[2]
 
 
+def test_the_line_of_an_event_without_a_run_has_the_reason(caplog: pytest.LogCaptureFixture):
+    """Filtered, unheard, known already, known with other content: one line each, with the reason.
+    An event that does not fit its flow has its warning in place of that line.
+    """
+
+    async def main() -> None:
+        events = MemoryTrigger("m")
+        app = App("shop")
+        app.on(events, flow(together), types=["made"], where={"total": [5]})
+        async with running(app):
+            app.runtime.reactor.logs_received = True
+            await events.send(data={"n": 1, "total": 3}, type="made", id="filtered")
+            await events.send(data={"n": 1}, type="deleted", id="unheard")
+            for n in (1, 1, 2):
+                await events.send(data={"n": n, "total": 3}, type="made", id="again")
+            await events.send(data={"n": "x", "total": 5}, type="made", id="unfit")
+
+    caplog.set_level("INFO")
+    asyncio.run(main())
+    lines = [
+        each
+        for each in caplog.messages
+        if each.startswith(("event.received", "event.dead_lettered"))
+    ]
+    wanted = (
+        ("filtered", "total = 5 (found 3)"),
+        ("unheard", "no subscription accepts deleted: starts nothing"),
+        ("again", "total = 5 (found 3)"),
+        ("again", "known already: starts nothing"),
+        ("again", "known with other content: starts nothing"),
+        ("unfit", "Expected `int`, got `str`"),
+    )
+    for line, (ident, reason) in zip(lines, wanted, strict=True):
+        assert f"event_id={ident}" in line and reason in line, line
+
+
 def test_p8_accept_raises_after_max_wait(tmp_path: Path):
     """With `max_wait`, accept raises StoreFull once it is over, with 0 at once; nothing was
     recorded.
