@@ -284,7 +284,8 @@ def test_a_type_selects_simulated_events_and_not_what_they_are_made_of():
     async def main() -> None:
         async with fed(app_of(record=True)) as app:
             changed = app_of(record=True, warn=0.05, alert=0.15, cooldown=0, confirm=1)
-            changed.on(*changed.triggers, archive, types=["rows"], name="rows")
+            (monitor,) = changed.triggers
+            changed.on(monitor, archive, types=["rows"], name="rows")
             _, answer = await simulated(app, changed)
             types = Counter(each["type"] for each in answer["simulated"])
             assert len(types) >= 2
