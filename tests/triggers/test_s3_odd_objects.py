@@ -41,3 +41,51 @@ def test_a_time_that_no_calendar_has_costs_no_page(ministack: Aws, time: str, wi
             assert len(here.ledger.offered) == len(KEYS)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("<Size>4</Size>", "<Size></Size>"),
+        ("<Size>4</Size>", "<Size>4 bytes</Size>"),
+        ("<Size>4</Size>", "<Size>-1</Size>"),
+        ("<Size>4</Size>", "<Size>1</Size><Size>2</Size>"),
+        ("<Key>in/0</Key>", ""),
+        ("<Key>in/0</Key>", "<Key></Key>"),
+        ("<KeyCount>5</KeyCount>", "<KeyCount>?</KeyCount>"),
+    ],
+    ids=["no size", "no number", "negative", "two sizes", "no key", "empty key", "no count"],
+)
+@pytest.mark.parametrize("encoded", ["", "<EncodingType>url</EncodingType>"], ids=["", "encoded"])
+def test_an_entry_that_cannot_be_read_costs_no_other(
+    ministack: Aws, good: str, bad: str, encoded: str
+):
+    """A listed entry without a key, or with a size that is none, is no event, and one log line for
+    all scans; the others of its page are events. An object that was an event before counts as
+    listed.
+    """
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        page = page_of(bucket.name, *KEYS, truncated=False).replace("</Name>", f"</Name>{encoded}")
+        odd = page.replace(good, bad, 1)
+        events = KEYS if "KeyCount" in good else KEYS[1:]
+        with proxied(ministack.url) as proxy:
+            proxy.fail(listing, (200, odd))
+            async with landing(
+                ministack, bucket.name, endpoint_url=proxy.url, prefix="in/", deleted=True
+            ) as here:
+                await here.has(*events)
+                await here.scanned()
+                await here.scanned()
+                assert len(here.logged("bucket.entries_unreadable")) == len(KEYS) - len(events)
+                if "Size" in good:
+                    proxy.mend()
+                    rule = proxy.fail(listing, (200, page))
+                    await here.has(*KEYS)
+                    rule.answer = (200, odd)
+                    await here.scanned()
+                    await here.scanned()
+                    await here.has(*KEYS)
+
+    asyncio.run(main())

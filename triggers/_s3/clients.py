@@ -48,6 +48,13 @@ MAX_RETRY_DELAY_SECONDS = 30.0
 
 _SERVICE_MODEL_FILES = ("service-2", "endpoint-rule-set-1")
 
+_LISTED_NUMBERS = (
+    ("Object", "Size"),
+    ("ListObjectsV2Output", "KeyCount"),
+    ("ListObjectsV2Output", "MaxKeys"),
+)
+"""Shapes and members in botocore's model of S3."""
+
 _RETRYABLE_CODES = frozenset(
     (
         "Throttling ThrottlingException ThrottledException RequestThrottled SlowDown "
@@ -92,7 +99,10 @@ class S3Endpoint:
         made = (
             getattr(self._session, "create_client", None) or self._session.client
         )  # aioboto3's session has `client`
-        return await stack.enter_async_context(made(service, **options))
+        client = await stack.enter_async_context(made(service, **options))
+        if service == "s3":
+            client.meta.events.register_first("after-call.s3.ListObjectsV2", _fill_in_keys)
+        return client
 
     def _config(self, service: str) -> Any:
         """Three tries with backoff and short timeouts; and for other stores than AWS, the options
@@ -137,7 +147,22 @@ def _load_service_models(session: Any, service: str) -> None:
     loader.load_data("endpoints")
     loader.load_data("partitions")
     for name in _SERVICE_MODEL_FILES:
-        loader.load_service_model(service, name)
+        model = loader.load_service_model(service, name)
+        if (service, name) == ("s3", "service-2"):
+            _read_numbers_as_text(model["shapes"])
+
+
+def _read_numbers_as_text(shapes: Mapping[str, Any]) -> None:
+    """A listing's numbers are not botocore's to read: one that is none would cost the response."""
+    for shape, member in _LISTED_NUMBERS:
+        shapes[shape]["members"][member]["shape"] = "ETag"  # a plain text
+
+
+def _fill_in_keys(parsed: Mapping[str, Any], **_: Any) -> None:
+    """An empty key for an entry that has none: botocore decodes the keys of all entries."""
+    for entry in parsed.get("Contents") or ():
+        if not isinstance(entry.get("Key"), str):
+            entry["Key"] = ""
 
 
 # --------------------------------------------------------------------------- errors

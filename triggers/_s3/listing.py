@@ -42,6 +42,10 @@ LOG_EVENTS = {
         "A listing ended before its last page; no object counts as removed, and another scan "
         "starts in `retry_in` seconds."
     ),
+    "bucket.entries_unreadable": (
+        "A listing has `entries` without a key, or with a size that is none; they are no events. "
+        "Logged again when other entries are concerned."
+    ),
     "bucket.initial_scan_completed": (
         "The first listing of a bucket is complete; `known` counts its objects."
     ),
@@ -79,6 +83,7 @@ class ListingScan:
         self._missing_once: set[str] = set()  # known keys that the last scan did not list
         self._first_scan_logged: bool = False
         self._pages_by_key: bool = False  # since the store's tokens did not work
+        self._unreadable: Sequence[dict[str, str]] = ()  # entries of the last scan
         self.last_scan_seconds: float = 0.0
         self.completed_scans: int = 0
 
@@ -120,21 +125,29 @@ class ListingScan:
         missing = set(self._known)
         self._unmarked = {}
         self._markers = set()
+        unreadable: list[dict[str, str]] = []
         position = ListingPosition(by_key=self._pages_by_key)
         while True:
             self._known.start_page()
             page = await self._list_page(position.arguments)
             if page is None:
                 return
-            found = [to_listed_object(entry) for entry in page.get("Contents") or ()]
-            missing.difference_update(each.key for each in found)
+            entries = page.get("Contents") or ()
+            found = [each for each in map(to_listed_object, entries) if each is not None]
+            keys = [entry["Key"] for entry in entries if entry["Key"]]
+            missing.difference_update(keys)
+            if len(found) < len(entries):
+                unreadable += [
+                    _named(entry) for entry in entries if to_listed_object(entry) is None
+                ]
             async with self._ledger.lock:
                 if not await self._process_page(found, page):
                     return
-            if not position.advance(page, [each.key for each in found]):
+            if not position.advance(page, keys):
                 break
         async with self._ledger.lock:
             await self._finish_scan(missing)
+        self._log_unreadable(unreadable)
         self.completed_scans += 1
 
     async def _list_page(self, position: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -323,6 +336,17 @@ class ListingScan:
                 unsettled=len(self._unsettled),
             )
 
+    def _log_unreadable(self, entries: Sequence[dict[str, str]]) -> None:
+        """One line for the entries of a scan, unless the scan before had the same."""
+        if entries and entries != self._unreadable:
+            self._ledger.log.warning(
+                "bucket.entries_unreadable",
+                bucket=self._known.bucket,
+                entries=len(entries),
+                first=entries[0],
+            )
+        self._unreadable = entries
+
     async def _record_removed(self, gone: Sequence[str]) -> None:
         marks: dict[str, ObjectMark | None] = {}
         events: list[Event] = []
@@ -361,3 +385,9 @@ class ListingScan:
             Gauge("completed_scans", self.completed_scans),
             Gauge("scan_seconds", self.last_scan_seconds, total="max"),
         ]
+
+
+def _named(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Key and size of an entry that cannot be read, as text for a log line."""
+    size = entry.get("Size", "")
+    return {"key": entry["Key"][:200], "size": size[:200] if isinstance(size, str) else "several"}

@@ -328,16 +328,21 @@ class ListedObject(msgspec.Struct, frozen=True):
     modified: int
 
 
-def to_listed_object(entry: Mapping[str, Any]) -> ListedObject:
+def to_listed_object(entry: Mapping[str, Any]) -> ListedObject | None:
+    """None for an entry without a key, or with a size that is none."""
+    try:
+        size = int(entry.get("Size", 0))
+    except (TypeError, ValueError):
+        return None
+    if not entry.get("Key") or not 0 <= size < 2**63:
+        return None
     modified = entry.get("LastModified")
     at = (
         to_us(modified if modified.tzinfo else modified.replace(tzinfo=UTC))
         if isinstance(modified, datetime)
         else 0
     )
-    return ListedObject(
-        str(entry["Key"]), int(entry.get("Size") or 0), str(entry.get("ETag") or "").strip('"'), at
-    )
+    return ListedObject(str(entry["Key"]), size, str(entry.get("ETag") or "").strip('"'), at)
 
 
 def listed_event_id(bucket: str, found: ListedObject) -> str:

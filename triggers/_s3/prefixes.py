@@ -40,16 +40,21 @@ class FolderEvents:
         return folder_event(event, folder, data, truncated)
 
     async def _list(self, bucket: str, folder: str) -> tuple[list[ListedObject], bool]:
-        """The first objects of a folder, and whether there may be more."""
+        """The first objects of a folder, and whether there may be more, also in entries that cannot
+        be read.
+        """
         objects: list[ListedObject] = []
         position = ListingPosition()
+        all_read = True
         while len(objects) < MAX_FOLDER_OBJECTS:
             page = await self._list_page(bucket, folder, position.arguments)
-            found = [to_listed_object(entry) for entry in page.get("Contents") or ()]
+            entries = page.get("Contents") or ()
+            found = [each for each in map(to_listed_object, entries) if each is not None]
             objects += found
+            all_read &= len(found) == len(entries)
             try:
-                if not position.advance(page, [each.key for each in found]):
-                    return objects, False
+                if not position.advance(page, [entry["Key"] for entry in entries if entry["Key"]]):
+                    return objects, not all_read
             except ListingUnfinished:  # the event says that there may be more
                 break
         return objects[:MAX_FOLDER_OBJECTS], True
