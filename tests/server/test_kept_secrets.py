@@ -4,6 +4,7 @@ dead letters, log lines. A real server, killed; then the bytes of all its files 
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -11,7 +12,7 @@ from eventflow.core.errors import TaskFailed
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.serialization.errors import decode_error, encode_error
 from tests.conftest import wait_until
-from tests.server_process import EventflowProcess, start
+from tests.server_process import EventflowProcess, eventflow, start
 
 SECRET = "s3cr3t-of-the-shop/42+x"
 """URL-encoded, in JSON, in repr and in base64 it looks different."""
@@ -132,6 +133,33 @@ def test_a_known_secret_is_in_nothing_that_is_kept(server: EventflowProcess, tmp
     wait_until(lambda: "hook with ***" in server.log, "the line of the hook is written")
     server.kill()
     assert found_in(tmp_path, SECRET, "s3cr3t-of-the-shop", "bWU6czNjcjN0") == []
+
+
+@pytest.mark.parametrize("how", HOWS[:-1])
+def test_a_masked_error_is_read_in_a_second_process(
+    server: EventflowProcess, tmp_path: Path, how: str
+):
+    """After a kill -9, a process that does not know the secret shows the error without it: in
+    `show`, as text and JSON, in the logs and in the API. The store's files do not contain it.
+    """
+    run = server.start("failing", how=how)
+    before = server.wait_for(run, "failed")["error"]
+    server.kill()
+    forms = (SECRET, quote(SECRET, safe=""), "s3cr3t", "bWU6czNjcjN0")
+    assert found_in(tmp_path, *forms) == []
+    shown = [
+        eventflow(tmp_path, *args, SHOP_SECRET="another-secret-altogether")
+        for args in (("show", run), ("show", run, "--json"), ("logs", run))
+    ]
+    for each in shown:
+        assert each.returncode == 0, each.stderr
+        assert not any(form in each.stdout + each.stderr for form in forms), each.stdout
+    second = start(tmp_path, env={"SHOP_SECRET": "another-secret-altogether"})
+    try:
+        assert second.get(f"/api/runs/{run}")["error"] == before
+    finally:
+        second.kill()
+    assert found_in(tmp_path, *forms) == []
 
 
 def test_data_of_users_is_kept_as_it_is(server: EventflowProcess, tmp_path: Path):
