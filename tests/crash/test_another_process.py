@@ -49,6 +49,12 @@ class Refused(Exception):
         super().__init__(f"{code}: {detail}")
         self.code = code
 
+class NoConnection(OSError):
+    def __init__(self, *args, **kwargs):
+        self.response = kwargs.pop("response", None)
+        self.request = kwargs.pop("request", None)
+        super().__init__(*args, **kwargs)
+
 def words(n):
     return {f"word-{i}" for i in range(n)}
 
@@ -74,6 +80,8 @@ async def fail(how: str) -> None:
         open("/nope/x")
     if how == "own":
         raise Refused(404, "gone")
+    if how == "connection":
+        raise NoConnection("refused", response=None, request={"url": "https://shop"})
     if how == "pydantic":
         Order(tags=5)
     import only_the_body
@@ -98,6 +106,8 @@ async def caught(how):
         return f"Refused {error.code}"
     except pydantic.ValidationError as error:
         return f"ValidationError {error.error_count()}"
+    except NoConnection as error:
+        return f"NoConnection {error.request} {error.errno} {error}"
     except OSError as error:
         return f"OSError {error.errno} {error}"
     except json.JSONDecodeError as error:
@@ -121,7 +131,7 @@ async def handle(n: int) -> list:
         for each in set(sizes)
     ]
     lengths += sorted(await asyncio.gather(*branches))
-    kinds = ("json", "open", "own", "pydantic", "sub", "other", "two")
+    kinds = ("json", "open", "own", "connection", "pydantic", "sub", "other", "two")
     errors = [await caught(how) for how in kinds]
     await pause("once")
     return [lengths, errors]
@@ -155,6 +165,7 @@ ERRORS = [
     "JSONDecodeError 1",
     "OSError 2 [Errno 2] No such file or directory: '/nope/x'",
     "Refused 404",
+    "NoConnection {'url': 'https://shop'} None refused",
     "ValidationError 1",
     "OSError 7 [Errno 7] no",
     "TaskFailed only_the_body:Other",
