@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from tests.conftest import wait_until
@@ -206,3 +207,56 @@ def test_p4_p5_a_run_goes_on_after_kill_9_in_a_process_with_another_hash_seed(
 
 def _has_paused(server: EventflowProcess, times: int) -> bool:
     return server.diary.count("pause") == times
+
+
+KEYS = """
+from eventflow import App, flow, task
+from pathlib import Path
+
+@task
+async def charge(tags: set[str]) -> None:
+    with Path(__file__).with_name("diary.txt").open("a") as diary:
+        diary.write(f"charge {len(tags)}\\n")
+
+@flow
+async def order(tags: set[str], names: dict[str, int], total: float = 1) -> int:
+    await charge(tags)
+    return len(tags)
+
+app = App("keys")
+app.add(order)
+"""
+
+
+def test_p5_an_idempotency_key_is_known_after_kill_9_with_another_hash_seed(tmp_path: Path):
+    """A known key with equal parameters is the first run, other parameters are a conflict, an empty
+    key is refused, in each process that follows a kill -9; the first run is the only one.
+    """
+    (tmp_path / "keys.py").write_text(KEYS)
+    words = [f"word-{n}" for n in range(12)]
+    params = {"tags": words, "names": dict.fromkeys(words, 1)}
+    again = {"names": dict(reversed(params["names"].items())), "tags": words}
+    first = ""
+    for life in range(1, 4):
+        server = EventflowProcess(tmp_path, "keys.py", env={"PYTHONHASHSEED": str(life)})
+        try:
+            assert server.wait_ready(), server.log_tail
+            answer = _start_order(server, "order-1", params if life % 2 else again)
+            first = first or answer.json()["id"]
+            assert answer.json() == {"id": first, "flow": "order", "duplicate": life > 1}
+            assert answer.status_code == (202 if life == 1 else 200)
+            other = _start_order(server, "order-1", {**params, "tags": words[1:]})
+            assert (other.status_code, other.json()["error"]) == (409, "refused"), other.text
+            for empty in ("", " "):
+                refused = _start_order(server, empty, params)
+                assert refused.status_code == 409 and "not empty" in refused.text, refused.text
+            if life > 1:
+                assert server.wait_for(first, "completed")["result"] == len(words)
+            assert [run["id"] for run in server.get("/api/runs")["runs"]] == [first]
+        finally:
+            server.kill()
+    assert set(server.diary) == {f"charge {len(words)}"}
+
+
+def _start_order(server: EventflowProcess, key: str, params: dict[str, Any]) -> httpx2.Response:
+    return server.post("/api/runs", {"flow": "order", "params": params, "idempotency_key": key})
