@@ -1,6 +1,7 @@
 """What a person sees: lines that fit 80 and 100 columns, and streams that are closed or ASCII."""
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def test_show_prints_an_error_once(shop: EventflowProcess):
 
 
 REST = """
+import asyncio
 import time
 from eventflow import App, Retry, flow, task
 
@@ -95,12 +97,20 @@ async def checking(rows: int) -> None:
 async def sticking(seconds: float) -> None:
     await stuck(seconds)
 
+@task
+async def rest(name: str) -> None:
+    await asyncio.sleep(3600)
+
+@flow
+async def resting(name: str) -> None:
+    await rest(name)
+
 @flow
 async def mapping(n: int) -> int:
     return sum(await square.map(range(n)))
 
 app = App("rest")
-for each in (fetching, checking, sticking, mapping):
+for each in (fetching, checking, sticking, mapping, resting):
     app.add(each)
 """
 
@@ -160,6 +170,45 @@ def test_a_long_map_shows_how_long_its_calls_took(rest: tuple[EventflowProcess, 
     served, _, _ = rest
     run = served.get("/api/runs", flow="mapping")["runs"][0]["id"]
     assert "(longest)" in text_of(served, "show", run)
+
+
+SHOW_SECONDS = 10.0
+"""For `show` on a busy machine, with the start of Python."""
+
+
+@pytest.fixture(scope="module")
+def large(
+    rest: tuple[EventflowProcess, str, str],
+) -> tuple[EventflowProcess, str, str]:
+    """A server with a completed map of 10,000 calls and a run whose body works for long."""
+    served, _, _ = rest
+    whole = served.start("mapping", n=10_000)
+    working = served.start("resting", name="the night " * 20)
+    wait_until(
+        lambda: served.get(f"/api/runs/{whole}")["state"] == "completed", "all calls", within=120
+    )
+    return served, whole, working
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("which", ["map", "working"])
+def test_show_of_any_run_fits_the_terminal(
+    large: tuple[EventflowProcess, str, str], columns: int, which: str
+):
+    """`show` of a map of 10,000 calls, and of a run whose body still works, fits the terminal and
+    answers within seconds.
+    """
+    served, whole, working = large
+    run = whole if which == "map" else working
+    started = time.monotonic()
+    done = eventflow(served.folder, "show", run, COLUMNS=str(columns))
+    seconds = time.monotonic() - started
+    printed = done.stdout
+    assert done.returncode == 0, done.stderr
+    assert run in printed and max(map(len, printed.splitlines())) <= columns, printed
+    assert ("10,000" if which == "map" else "running") in printed, printed
+    assert len(printed) < 10_000
+    assert seconds < SHOW_SECONDS
 
 
 def test_status_names_threads_left_behind(rest: tuple[EventflowProcess, str, str]):
