@@ -4,25 +4,21 @@ behind.
 
 import asyncio
 import math
-import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import anyio
-import pydantic
 import pytest
 from msgspec.structs import replace
 
 from eventflow import App, Event, flow, sleep, task
 from eventflow.core.clock import SECOND, SystemClock
 from eventflow.core.errors import RunCancelled, RunHeld
-from eventflow.core.large_values import LargeValues
 from eventflow.testing import MemoryTrigger, VirtualClock, result_of, running
 from tests.conftest import eventually
 
@@ -593,81 +589,6 @@ async def test_a_flows_cap_counts_runs_that_work(shape: str) -> None:
         runs = [await app.start(ping, depth=1) for _ in range(5)]
         assert [await run.result() for run in runs] == [1] * 5
         assert max(most) == 1
-
-
-async def test_200_tasks_that_share_a_large_argument_hash_it_once() -> None:
-    """The same large argument of many calls is encoded for the first of them only: the loop of all
-    flows is not stopped by the others.
-    """
-    encoded = 0
-
-    class Table(pydantic.BaseModel):
-        cells: dict[str, str]
-
-        @pydantic.model_serializer(mode="wrap")
-        def count(self, dump: pydantic.SerializerFunctionWrapHandler) -> Any:
-            nonlocal encoded
-            encoded += 1
-            return dump(self)
-
-    data = Table(cells={str(n): "x" * 80 for n in range(10_000)})  # 0.9 MB of JSON
-
-    @task
-    async def call(n: int, data: Table) -> int:
-        return n
-
-    async def one(n: int, data: Table) -> int:
-        return await call(n, data)
-
-    @flow
-    async def fans() -> int:
-        results = await asyncio.gather(*(one(n, data) for n in range(200)))
-        return len(results)
-
-    app = App("large")
-    app.add(fans)
-    async with running(app):
-        assert await result_of(app, fans) == 200
-    assert 1 <= encoded <= 10, encoded  # for the names, the fingerprint and the record; else 400
-
-
-@pytest.mark.parametrize(
-    "data",
-    [{str(n): "x" * 80 for n in range(10_000)}, "x" * 900_000],
-    ids=["dict", "str"],
-)
-async def test_200_tasks_that_share_a_large_plain_argument_hash_it_once(data: Any) -> None:
-    """The same holds for a dict and a text of 0.9 MB: their hashes are kept for the run, and not
-    computed again for the 199 other calls.
-    """
-    hashed = 0
-
-    def watch(frame: FrameType, event: str, _: object) -> None:
-        nonlocal hashed
-        if event == "call" and frame.f_code is LargeValues.add.__code__:
-            hashed += frame.f_locals["value"] is data
-
-    @task
-    async def call(n: int, data: Any) -> int:
-        return n
-
-    async def one(n: int, data: Any) -> int:
-        return await call(n, data)
-
-    @flow
-    async def fans() -> int:
-        results = await asyncio.gather(*(one(n, data) for n in range(200)))
-        return len(results)
-
-    app = App("plain")
-    app.add(fans)
-    async with running(app):
-        sys.setprofile(watch)
-        try:
-            assert await result_of(app, fans) == 200
-        finally:
-            sys.setprofile(None)
-    assert 1 <= hashed <= 10, hashed
 
 
 # --------------------------------------------------------------------------- closing
