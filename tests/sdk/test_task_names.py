@@ -90,6 +90,18 @@ async def test_a_flow_that_calls_both_is_refused(shops: tuple[Any, Any]) -> None
         assert "test_task_names.py" in str(caught.value)
 
 
+def test_tasks_in_a_dict_are_not_seen(shops: tuple[Any, Any]) -> None:
+    """The check reads the flow's code: it does not look into a dict, a list or an argument."""
+    loads = {"first": shops[0].load, "second": [shops[1].load]}
+
+    @flow
+    async def by_a_dict() -> None:
+        await loads["first"](1)
+        await loads["second"][0](1)
+
+    App("unseen").add(by_a_dict)
+
+
 def test_modules_that_also_have_such_a_task_are_no_conflict(shops: tuple[Any, Any]) -> None:
     """Only what the flow calls counts: the other module may have a task of the same name."""
     first, second = shops
