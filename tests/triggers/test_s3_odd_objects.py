@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.aws import Aws, Bucket, Queue, ministack
+from tests.conftest import eventually
 from tests.faults import listing, proxied
 from tests.triggers.buckets import landing
 from tests.triggers.test_s3_listing import KEYS, page_of
@@ -87,5 +88,24 @@ def test_an_entry_that_cannot_be_read_costs_no_other(
                     await here.scanned()
                     await here.scanned()
                     await here.has(*KEYS)
+
+    asyncio.run(main())
+
+
+def test_an_entry_that_cannot_be_read_leaves_its_folder_truncated(ministack: Aws):
+    """The event of a folder has the other objects, and `truncated` says that some are not in it."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        page = page_of(bucket.name, *KEYS, "in/_SUCCESS", truncated=False)
+        with proxied(ministack.url) as proxy:
+            proxy.fail(listing, (200, page.replace("<Size>4</Size>", "<Size></Size>", 1)))
+            async with landing(
+                ministack, bucket.name, endpoint_url=proxy.url, prefix="in/", marker="_SUCCESS"
+            ) as here:
+                await eventually(lambda: here.events, "the folder is an event")
+                data = here.events[0].data
+                assert [each["key"] for each in data["objects"]] == KEYS[1:]
+                assert data["truncated"] is True
 
     asyncio.run(main())
