@@ -113,7 +113,10 @@ class StartedCoroutine(Coroutine[Any, Any, Any]):
             if isinstance(waits_for, asyncio.Future) and waits_for.cancel(_message_of(error[0])):
                 return waits_for
         assert self._coro is not None
-        return self._coro.throw(*error)
+        try:
+            return self._coro.throw(*error)
+        finally:  # breaks a cycle: the error refers to this frame
+            del error
 
     def close(self) -> None:
         if self._coro is not None:

@@ -233,7 +233,8 @@ def test_times_are_instants_or_how_long_ago(shop: EventflowProcess, ago: str):
     """--since and --until take durations back from now beside instants."""
     done = eventflow(shop.folder, "ls", "events", "--since", ago, "--json")
     assert done.returncode == 0 and len(json.loads(done.stdout)["events"]) >= 8
-    assert eventflow(shop.folder, "ls", "events", "--until", ago).stdout.strip() == "no events"
+    none = eventflow(shop.folder, "ls", "events", "--until", ago).stdout
+    assert none.startswith("no events with --until 20")
 
 
 @pytest.mark.parametrize("wrong", ["yesterday", "7", "7x", "2026-01-31", "", "-7d"])

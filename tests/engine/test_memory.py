@@ -9,13 +9,22 @@ import pytest
 
 from eventflow import App, Permanent, Retry, emit, flow, task, timeout
 from eventflow.core.clock import SystemClock
+from eventflow.core.errors import RunCancelled
 from eventflow.testing import running
+from tests.conftest import eventually
 from tests.garbage import leaving_no_error_cycles
 
 pytestmark = pytest.mark.anyio
 
+BEGUN: list[str] = []
+
 LEFT = {"Execution", "FlowLoop", "TaskCall", "ConnectionError", "KeyError", "ValueError"}
 """Types of what a run with a failed attempt is made of."""
+
+
+@task
+async def no_failure() -> None:
+    pass
 
 
 @task(retries=[0.0] * 2)
@@ -230,6 +239,38 @@ async def test_a_failing_run_leaves_no_error_cycle(tested: Any):
                 with contextlib.suppress(Exception):
                     async with asyncio.timeout(5):
                         await run.result()
+                del run
+
+
+@task
+async def waits(begun: str) -> None:
+    BEGUN.append(begun)
+    await asyncio.Event().wait()
+
+
+@flow
+async def waits_in_its_first_call() -> None:
+    await waits("first")
+
+
+@flow
+async def waits_in_its_second_call() -> None:
+    await no_failure()
+    await waits("second")
+
+
+@pytest.mark.parametrize("tested", [waits_in_its_first_call, waits_in_its_second_call], ids=str)
+async def test_a_cancelled_body_leaves_no_error_cycle(tested: Any):
+    """A body that waits and is cancelled is freed at once, with its asyncio task and its error."""
+    async with running(App("cancels"), clock=SystemClock()) as app:
+        for _ in range(2):
+            with leaving_no_error_cycles():
+                BEGUN.clear()
+                run = await app.start(tested)
+                await eventually(lambda: BEGUN, "the body waits")
+                await run.cancel()
+                with contextlib.suppress(RunCancelled):
+                    await run.result()
                 del run
 
 
