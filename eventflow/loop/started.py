@@ -68,8 +68,10 @@ class StartedCoroutine(Coroutine[Any, Any, Any]):
         self.has_ended = True
 
     def fail(self, error: BaseException) -> None:
+        """Without the caller's frame, which refers to this object: no cycle if nothing takes it."""
         self.has_ended = True
-        self._error = error
+        step = error.__traceback__
+        self._error = error.with_traceback(None if step is None else step.tb_next)
 
     @property
     def has_value(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from eventflow.loop.started import StartedCoroutine, run_as_task
+from tests.garbage import leaving_no_error_cycles
 
 A_MOMENT = 0.001
 """Seconds that a coroutine waits."""
@@ -218,3 +219,13 @@ def test_a_loop_that_closes_closes_the_coroutine() -> None:
         runner.run(begin())
     started.close()
     assert ended == ["closed"]
+
+
+def test_a_failure_that_nobody_takes_is_freed_at_once() -> None:
+    """The error of a first step is in no reference cycle, also if no task goes on with it."""
+
+    async def begin() -> None:
+        StartedCoroutine(copy_context()).take_first_step(fails())
+
+    with asyncio.Runner() as runner, leaving_no_error_cycles():
+        runner.run(begin())
